@@ -1,0 +1,23 @@
+# `make demo` and `make test` prepare the machine themselves: see scripts/setup.
+.PHONY: demo test test-asan bench build setup clean
+
+setup:
+	@scripts/setup
+
+build: setup
+	@scripts/build
+
+demo: build
+	@scripts/demo
+
+test: build
+	@scripts/test
+
+test-asan: setup
+	@scripts/test-asan
+
+bench: build
+	@scripts/bench
+
+clean:
+	rm -rf build build-*

@@ -1,0 +1,16 @@
+# CUDA is optional: TWELL_HAVE_CUDA says whether the kernels of src/cuda are built.
+set(TWELL_HAVE_CUDA OFF)
+if(NOT TWELL_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_ARCHITECTURES OFF)  # each file names its own: sm_90a machine code or sm_80 PTX
+    enable_language(CUDA)
+    set(TWELL_HAVE_CUDA ON)
+  elseif(TWELL_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "TWELL_CUDA=ON, but no CUDA compiler was found (set CUDACXX)")
+  endif()
+endif()
+message(STATUS "twell: CUDA kernels ${TWELL_HAVE_CUDA}")

@@ -1,0 +1,20 @@
+# PyTorch's own CMake package demands a CUDA toolkit even for CPU work, so its headers and
+# libraries are linked directly: target twell_libtorch.
+set(TWELL_HAVE_TORCH OFF)
+if(NOT TWELL_TORCH STREQUAL "OFF")
+  execute_process(
+    COMMAND ${TWELL_PYTHON} -c "import importlib.util as u, os; s = u.find_spec('torch'); print(os.path.dirname(s.origin) if s else '')"
+    OUTPUT_VARIABLE TWELL_TORCH_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  if(TWELL_TORCH_DIR AND EXISTS ${TWELL_TORCH_DIR}/lib/libtorch_cpu.so)
+    set(TWELL_HAVE_TORCH ON)
+    add_library(twell_libtorch INTERFACE)
+    target_include_directories(twell_libtorch SYSTEM INTERFACE
+      ${TWELL_TORCH_DIR}/include ${TWELL_TORCH_DIR}/include/torch/csrc/api/include)
+    target_link_directories(twell_libtorch INTERFACE ${TWELL_TORCH_DIR}/lib)
+    target_link_libraries(twell_libtorch INTERFACE torch torch_cpu c10)
+    target_link_options(twell_libtorch INTERFACE -Wl,-rpath,${TWELL_TORCH_DIR}/lib)
+  elseif(TWELL_TORCH STREQUAL "ON")
+    message(FATAL_ERROR "TWELL_TORCH=ON, but ${TWELL_PYTHON} has no torch package")
+  endif()
+endif()
+message(STATUS "twell: PyTorch operators and program ${TWELL_HAVE_TORCH} ${TWELL_TORCH_DIR}")
