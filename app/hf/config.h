@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace twell::app {
+
+// Llama 3's rope scaling: frequencies of wavelength above original_max_position_embeddings /
+// low_freq_factor are divided by `factor`, those below original / high_freq_factor are kept, and
+// between them the two are blended linearly in original / wavelength.
+struct Llama3RopeScaling {
+  double factor = 8.0;
+  double low_freq_factor = 1.0;
+  double high_freq_factor = 4.0;
+  int64_t original_max_position_embeddings = 8192;
+};
+
+// config.json of a Hugging Face Llama or Qwen2 directory; the names are that file's.
+struct ModelConfig {
+  std::string model_type = "llama";  // "llama" or "qwen2"
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_hidden_layers = 0;
+  int64_t num_attention_heads = 0;
+  int64_t num_key_value_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_position_embeddings = 2048;
+  double rms_norm_eps = 1e-6;
+  double rope_theta = 10000.0;
+  std::optional<Llama3RopeScaling> rope_scaling;
+  std::string hidden_act = "silu";
+  bool tie_word_embeddings = false;
+  // Llama: bias of the q, k, v and o projections. Qwen2 always has q, k and v biases and never an
+  // o bias, whatever its file says: see qkv_bias() and o_bias().
+  bool attention_bias = false;
+  bool mlp_bias = false;  // Llama only
+  std::optional<int64_t> bos_token_id;
+  std::vector<int64_t> eos_token_ids;  // none, one, or several
+  std::optional<int64_t> pad_token_id;
+  double initializer_range = 0.02;
+  std::string dtype = "float32";  // "float32", "bfloat16", "float16": of the stored weights
+
+  bool qkv_bias() const { return model_type == "qwen2" || attention_bias; }
+  bool o_bias() const { return model_type == "llama" && attention_bias; }
+};
+
+// Throws Error naming the field, its value and what is permitted, if `config` describes no model
+// that can be built.
+void validate(const ModelConfig& config);
+
+// Reads and validates `folder`/config.json, in the spelling of transformers 4 (rope_theta and
+// rope_scaling, torch_dtype) or 5 (rope_parameters, dtype). What would change the model's output
+// and is not supported (sliding-window attention, other rope types, quantisation, ...) is refused
+// by name; fields that do not (use_cache, transformers_version, ...) are ignored.
+ModelConfig read_config(const std::filesystem::path& folder);
+
+// Validates `config` and writes `folder`/config.json and generation_config.json, each atomically,
+// such that transformers 4 and 5 load LlamaForCausalLM or Qwen2ForCausalLM from it.
+void write_config(const std::filesystem::path& folder, const ModelConfig& config);
+
+}  // namespace twell::app
