@@ -1,0 +1,182 @@
+#include "app/model/ffn.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <tuple>
+
+#include "app/error.h"
+#include "app/model/gated_relu.h"
+
+namespace twell::app {
+namespace {
+
+using torch::Tensor;
+
+// Handles of twell's operators (see torch/); found by name once.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call_forward(const Tensor& x,
+                                                                const FfnWeights& w, bool save) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("twell::ffn_forward", "").typed<Signature>();
+  return op.call(x, w.gate, w.up, w.down, save);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> call_backward(const Tensor& grad_y,
+                                                         const std::optional<Tensor>& grad_l1,
+                                                         const Tensor& x, const FfnWeights& w,
+                                                         const Tensor& saved) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const std::optional<Tensor>&, const Tensor&, const std::optional<Tensor>&,
+      const Tensor&, const Tensor&, const Tensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("twell::ffn_backward", "").typed<Signature>();
+  return op.call(grad_y, grad_l1, x, w.gate, w.up, w.down, saved);
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Outputs y, l1, l0, activity. The sparse path saves twell's compact form, the dense path g, u, h.
+struct ReluFfn : torch::autograd::Function<ReluFfn> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& gate,
+                               const Tensor& up, const Tensor& down, bool sparse, bool save) {
+    ctx->saved_data["sparse"] = sparse;
+    ctx->set_materialize_grads(false);
+    Tensor y, l1, l0, activity;
+    if (sparse) {
+      Tensor saved;
+      std::tie(y, l0, l1, activity, saved) = call_forward(x, {gate, up, down}, save);
+      if (save) ctx->save_for_backward({x, gate, up, down, saved});
+    } else {
+      const Tensor g = torch::mm(x, gate.t());  // [tokens, neurons], relu'd by gated_relu
+      const Tensor u = torch::mm(x, up.t());    // [tokens, neurons]
+      GatedRelu middle = gated_relu(g, u);
+      y = torch::mm(middle.h, down);
+      l1 = middle.l1;
+      l0 = middle.l0;
+      activity = middle.activity;
+      if (save) ctx->save_for_backward({x, gate, up, down, g, u, middle.h});
+    }
+    ctx->mark_non_differentiable({l0, activity});
+    return {y, l1, l0, activity};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& x = saved[0];
+    const FfnWeights w{saved[1], saved[2], saved[3]};
+    const Tensor grad_y = grads[0].defined() ? grads[0].contiguous() : torch::zeros_like(x);
+    const Tensor& grad_l1 = grads[1];
+    const Tensor none;
+    if (ctx->saved_data["sparse"].toBool()) {
+      const auto [dx, dg, du, dd] = call_backward(
+          grad_y, grad_l1.defined() ? std::optional(grad_l1) : std::nullopt, x, w, saved[4]);
+      return {dx, dg, du, dd, none, none};
+    }
+    const Tensor grad_h = torch::mm(grad_y, w.down.t());
+    const auto [dg, du] = gated_relu_backward(
+        grad_h, grad_l1.defined() ? grad_l1.item<double>() : 0.0, saved[4], saved[5]);
+    return {torch::mm(dg, w.gate).addmm_(du, w.up),
+            torch::mm(dg.t(), x),
+            torch::mm(du.t(), x),
+            torch::mm(saved[6].t(), grad_y),
+            none,
+            none};
+  }
+};
+
+DType core_dtype(torch::ScalarType type) {
+  switch (type) {
+    case torch::kBFloat16:
+      return DType::kBf16;
+    case torch::kFloat32:
+      return DType::kFloat32;
+    case torch::kFloat64:
+      return DType::kFloat64;
+    default:
+      throw Error(std::string("twell's FFN runs in bfloat16, float32 or float64, not in ") +
+                  c10::toString(type));
+  }
+}
+
+Device core_device(const torch::Device& device) {
+  if (device.is_cpu()) return cpu_device(at::get_num_threads());
+  Result<Device> found = cuda_device(device.has_index() ? device.index() : 0);
+  if (!found.ok()) throw Error(found.status().message());
+  return std::move(found).value();
+}
+
+}  // namespace
+
+FfnMode parse_ffn_mode(const std::string& name) {
+  for (const FfnMode mode : {FfnMode::kDense, FfnMode::kTwell, FfnMode::kAuto}) {
+    if (name == name_of(mode)) return mode;
+  }
+  throw Error("--ffn is '" + name + "'; permitted: dense, twell, auto");
+}
+
+const char* name_of(FfnMode mode) {
+  switch (mode) {
+    case FfnMode::kDense:
+      return "dense";
+    case FfnMode::kTwell:
+      return "twell";
+    case FfnMode::kAuto:
+      return "auto";
+  }
+  return "?";
+}
+
+FfnOutput relu_ffn(const Tensor& x, const FfnWeights& weights, FfnPath path) {
+  const bool save =
+      torch::GradMode::is_enabled() && (x.requires_grad() || weights.gate.requires_grad() ||
+                                        weights.up.requires_grad() || weights.down.requires_grad());
+  const variable_list out =
+      ReluFfn::apply(x, weights.gate, weights.up, weights.down, path == FfnPath::kSparse, save);
+  return {out[0], out[1], out[2], out[3], path};
+}
+
+Tensor silu_ffn(const Tensor& x, const FfnWeights& weights) {
+  const Tensor h =
+      torch::silu(torch::matmul(x, weights.gate.t())) * torch::matmul(x, weights.up.t());
+  return torch::matmul(h, weights.down);
+}
+
+FfnDensity measure_density(const Tensor& x, const Tensor& gate) {
+  const torch::NoGradGuard no_grad;
+  const int64_t tokens = std::min<int64_t>(128, x.size(0));
+  if (tokens == 0) return {};
+  const Tensor tile = x.narrow(0, (x.size(0) - tokens) / 2, tokens);
+  const Tensor active = torch::mm(tile, gate.t()).gt(0);  // [tokens, neurons]
+  return {active.sum().item<double>() / static_cast<double>(tokens),
+          active.any(0).sum().item<double>()};
+}
+
+FfnPlan plan_for(const Tensor& x, int64_t neurons, FfnPath path, bool training,
+                 const FfnDensity& density) {
+  const FfnProblem problem{FfnKind::kGated, core_dtype(x.scalar_type()), x.size(0), x.size(1),
+                           neurons};
+  const PlanOptions options{path, training, density.active, density.tile_union};
+  Result<FfnPlan> plan = plan_ffn(problem, core_device(x.device()), options);
+  if (!plan.ok()) throw Error(plan.status().message());
+  return std::move(plan).value();
+}
+
+FfnPath FfnChooser::choose(const Tensor& x, const FfnWeights& weights, FfnMode mode,
+                           bool training) {
+  if (mode == FfnMode::kDense) return FfnPath::kDense;
+  if (mode == FfnMode::kTwell) return FfnPath::kSparse;
+  if (calls++ % kInterval == 0) {
+    const FfnDensity now = measure_density(x, weights.gate);
+    if (density.active < 0) {
+      density = now;
+    } else if (now.active >= 0) {
+      density.active = kMemory * density.active + (1 - kMemory) * now.active;
+      density.tile_union = kMemory * density.tile_union + (1 - kMemory) * now.tile_union;
+    }
+  }
+  return plan_for(x, weights.gate.size(0), FfnPath::kAuto, training, density).path;
+}
+
+}  // namespace twell::app

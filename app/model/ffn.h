@@ -1,0 +1,69 @@
+#pragma once
+// The gated feed-forward block on libtorch: one autograd function over twell's operators and over
+// the dense products, and the choice between the two.
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <string>
+
+#include "twell/ffn.h"
+
+namespace twell::app {
+
+// How the program runs its FFNs: always dense, always by twell's operators, or each layer as the
+// planner advises for the density that was measured.
+enum class FfnMode { kDense, kTwell, kAuto };
+
+FfnMode parse_ffn_mode(const std::string& name);  // "dense", "twell", "auto"; else Error
+const char* name_of(FfnMode mode);
+
+// g = relu(x Gᵀ), u = x Uᵀ, h = g ⊙ u, y = h D. All [neurons, hidden], contiguous, of one dtype;
+// `down` is neuron-major.
+struct FfnWeights {
+  torch::Tensor gate, up, down;
+};
+
+struct FfnOutput {
+  torch::Tensor y;         // [tokens, hidden], the dtype of x
+  torch::Tensor l1;        // Σ |h|, a float32 (for float64: float64) scalar; differentiable
+  torch::Tensor l0;        // number of (token, neuron) pairs with g > 0, an int64 scalar
+  torch::Tensor activity;  // [neurons] int32: tokens for which the neuron was active
+  FfnPath path;            // what ran: kDense or kSparse
+};
+
+// The block on x [tokens, hidden], differentiable in x and the weights through y and l1. `path` is
+// kDense (libtorch's products) or kSparse (twell::ffn_forward); both count the same things.
+FfnOutput relu_ffn(const torch::Tensor& x, const FfnWeights& weights, FfnPath path);
+
+// silu(x Gᵀ) ⊙ (x Uᵀ) D, dense, with nothing counted: for checkpoints that are not sparse.
+torch::Tensor silu_ffn(const torch::Tensor& x, const FfnWeights& weights);
+
+// A tile of tokens measured: its mean number of active neurons and the size of their union.
+struct FfnDensity {
+  double active = -1;  // < 0: not measured
+  double tile_union = -1;
+};
+
+// Measures at most 128 consecutive tokens from the middle of x, by one small dense product.
+FfnDensity measure_density(const torch::Tensor& x, const torch::Tensor& gate);
+
+// The planner's advice for x [tokens, hidden] and a gated block with `neurons` neurons at that
+// density. Throws Error by name for what twell does not support.
+FfnPlan plan_for(const torch::Tensor& x, int64_t neurons, FfnPath path, bool training,
+                 const FfnDensity& density);
+
+// One layer's choice in FfnMode::kAuto. It measures a tile every kInterval calls, keeps a running
+// mean and asks the planner. Plain state, stored in training checkpoints so that a resumed run
+// chooses alike.
+struct FfnChooser {
+  static constexpr int64_t kInterval = 16;  // a tile costs less than 1/100 of such a stretch
+  static constexpr double kMemory = 0.75;   // weight of the past in the running mean
+
+  int64_t calls = 0;
+  FfnDensity density;
+
+  FfnPath choose(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode, bool training);
+};
+
+}  // namespace twell::app

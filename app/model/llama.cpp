@@ -1,0 +1,297 @@
+#include "app/model/llama.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <utility>
+
+#include "app/error.h"
+#include "app/hf/safetensors.h"
+#include "app/model/rms_norm.h"
+
+namespace twell::app {
+namespace {
+
+using torch::Tensor;
+
+const std::string kEmbedding = "model.embed_tokens.weight";
+const std::string kHead = "lm_head.weight";
+const std::string kFinalNorm = "model.norm.weight";
+const std::string kDown = "mlp.down_proj.weight";
+
+std::string layer_name(int layer, const std::string& name) {
+  return "model.layers." + std::to_string(layer) + "." + name;
+}
+
+// The tensors of a checkpoint, as Hugging Face stores them.
+std::map<std::string, std::vector<int64_t>> checkpoint_shapes(const ModelConfig& c) {
+  const int64_t hidden = c.hidden_size;
+  const int64_t queries = c.num_attention_heads * c.head_dim;
+  const int64_t keys = c.num_key_value_heads * c.head_dim;
+  std::map<std::string, std::vector<int64_t>> shapes;
+  shapes[kEmbedding] = {c.vocab_size, hidden};
+  if (!c.tie_word_embeddings) shapes[kHead] = {c.vocab_size, hidden};
+  shapes[kFinalNorm] = {hidden};
+  for (int layer = 0; layer < c.num_hidden_layers; ++layer) {
+    const auto add = [&](const std::string& name, std::vector<int64_t> shape) {
+      shapes[layer_name(layer, name)] = std::move(shape);
+    };
+    add("input_layernorm.weight", {hidden});
+    add("post_attention_layernorm.weight", {hidden});
+    add("self_attn.q_proj.weight", {queries, hidden});
+    add("self_attn.k_proj.weight", {keys, hidden});
+    add("self_attn.v_proj.weight", {keys, hidden});
+    add("self_attn.o_proj.weight", {hidden, queries});
+    if (c.qkv_bias()) {
+      add("self_attn.q_proj.bias", {queries});
+      add("self_attn.k_proj.bias", {keys});
+      add("self_attn.v_proj.bias", {keys});
+    }
+    if (c.o_bias()) add("self_attn.o_proj.bias", {hidden});
+    add("mlp.gate_proj.weight", {c.intermediate_size, hidden});
+    add("mlp.up_proj.weight", {c.intermediate_size, hidden});
+    add(kDown, {hidden, c.intermediate_size});
+  }
+  return shapes;
+}
+
+std::string to_text(at::IntArrayRef shape) {
+  std::string text = "[";
+  for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+// Angular frequencies of the rotary embedding, [head_dim / 2] float32 (arXiv 2104.09864; Llama 3
+// stretches the slow ones, see Llama3RopeScaling).
+Tensor rope_frequencies(const ModelConfig& c) {
+  Tensor frequencies = torch::empty({c.head_dim / 2}, torch::kFloat32);
+  for (int64_t i = 0; i < c.head_dim / 2; ++i) {
+    const auto exponent = static_cast<float>(2 * i) / static_cast<float>(c.head_dim);
+    double frequency = 1.0f / std::pow(static_cast<float>(c.rope_theta), exponent);
+    if (c.rope_scaling) {
+      const Llama3RopeScaling& s = *c.rope_scaling;
+      const double wavelength = 2 * std::numbers::pi / frequency;
+      const double turns = static_cast<double>(s.original_max_position_embeddings) / wavelength;
+      const double keep = std::clamp(
+          (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0);
+      frequency = keep * frequency + (1 - keep) * frequency / s.factor;
+    }
+    frequencies[i] = static_cast<float>(frequency);
+  }
+  return frequencies;
+}
+
+// x [batch, heads, length, head_dim] rotated; cos, sin [length, head_dim].
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const auto halves = x.chunk(2, -1);
+  return x * cos + torch::cat({-halves[1], halves[0]}, -1) * sin;
+}
+
+// Scaled dot-product attention in which query i sees the keys up to past + i.
+// q [batch, heads, length, head_dim], k and v [batch, kv_heads, past + length, head_dim].
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), head_dim = q.size(3);
+  const int64_t kv_heads = k.size(1);
+  if (length == 1) {  // a group of queries that share keys is a sequence that sees all of them
+    return torch::scaled_dot_product_attention(
+               q.reshape({batch, kv_heads, heads / kv_heads, head_dim}), k, v)
+        .reshape({batch, heads, 1, head_dim});
+  }
+  const bool grouped = heads != kv_heads;
+  const int64_t past = k.size(2) - length;
+  if (past == 0) {
+    return torch::scaled_dot_product_attention(q, k, v, std::nullopt, 0.0, true, std::nullopt,
+                                               grouped);
+  }
+  const Tensor mask =
+      torch::ones({length, past + length}, q.options().dtype(torch::kBool)).tril(past);
+  return torch::scaled_dot_product_attention(q, k, v, mask, 0.0, false, std::nullopt, grouped);
+}
+
+// Appends x [batch, heads, length, head_dim] at `position`; `store` grows by doubling.
+Tensor append(Tensor& store, const Tensor& x, int64_t position, int64_t max_length) {
+  const int64_t end = position + x.size(2);
+  if (!store.defined() || store.size(2) < end) {
+    const int64_t capacity = std::min(max_length, std::max<int64_t>(end, 2 * position));
+    Tensor grown = torch::empty({x.size(0), x.size(1), capacity, x.size(3)}, x.options());
+    if (position > 0) grown.narrow(2, 0, position).copy_(store.narrow(2, 0, position));
+    store = std::move(grown);
+  }
+  store.narrow(2, position, x.size(2)).copy_(x);
+  return store.narrow(2, 0, end);
+}
+
+}  // namespace
+
+Llama::Llama(ModelConfig config, torch::ScalarType compute, torch::Device device)
+    : config_(std::move(config)), compute_(compute), device_(device) {
+  validate(config_);
+  if (config_.mlp_bias) throw Error("mlp_bias is true; twell's feed-forward blocks have no bias");
+  if (config_.hidden_act != "relu" && config_.hidden_act != "silu") {
+    throw Error("hidden_act is '" + config_.hidden_act + "'; permitted: relu, silu");
+  }
+  choosers_.resize(static_cast<size_t>(config_.num_hidden_layers));
+}
+
+Llama Llama::create(const ModelConfig& config, uint64_t seed, torch::ScalarType compute,
+                    torch::Device device) {
+  Llama model(config, compute, device);
+  const double residual = 1 / std::sqrt(2.0 * static_cast<double>(config.num_hidden_layers));
+  const auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  for (const auto& [name, shape] : checkpoint_shapes(config)) {
+    Tensor value = torch::empty(shape, torch::kFloat32);
+    const bool closes_block = name.ends_with("o_proj.weight") || name.ends_with(kDown);
+    if (name.ends_with("norm.weight")) {
+      value.fill_(1);
+    } else if (name.ends_with(".bias")) {
+      value.zero_();
+    } else {
+      value.normal_(0, config.initializer_range * (closes_block ? residual : 1), generator);
+    }
+    if (name.ends_with(kDown)) value = value.t().contiguous();
+    model.parameters_[name] = value.to(device);
+  }
+  return model;
+}
+
+Llama Llama::load(const std::filesystem::path& folder, torch::ScalarType stored,
+                  torch::ScalarType compute, torch::Device device) {
+  Llama model(read_config(folder), compute, device);
+  const Safetensors file = Safetensors::open(folder);
+  const auto shapes = checkpoint_shapes(model.config_);
+  for (const auto& [name, info] : file.tensors()) {
+    const bool tied_copy = name == kHead && model.config_.tie_word_embeddings;
+    if (!shapes.contains(name) && !tied_copy) {
+      throw Error(folder.string() + ": surplus tensor '" + name + "': config.json describes none");
+    }
+  }
+  for (const auto& [name, shape] : shapes) {
+    const auto found = file.tensors().find(name);
+    if (found == file.tensors().end()) {
+      throw Error(folder.string() + ": tensor '" + name + "' is missing");
+    }
+    if (found->second.shape != shape) {
+      throw Error(folder.string() + ": tensor '" + name + "' is " + to_text(found->second.shape) +
+                  "; config.json wants " + to_text(shape));
+    }
+    Tensor value = file.load(name);
+    if (!value.is_floating_point()) {
+      throw Error(folder.string() + ": tensor '" + name + "' is " +
+                  c10::toString(value.scalar_type()) + "; weights must be floating-point");
+    }
+    if (name.ends_with(kDown)) value = value.t();
+    model.parameters_[name] = value.to(torch::TensorOptions(device).dtype(stored)).contiguous();
+  }
+  return model;
+}
+
+void Llama::save(const std::filesystem::path& folder, torch::ScalarType dtype) const {
+  std::map<std::string, Tensor> tensors;
+  for (const auto& [name, value] : parameters_) {
+    const Tensor stored = value.detach().to(dtype);
+    tensors[name] = name.ends_with(kDown) ? stored.t().contiguous() : stored;
+  }
+  ModelConfig config = config_;
+  config.dtype = dtype == torch::kBFloat16 ? "bfloat16" : "float32";
+  write_safetensors(folder / "model.safetensors", tensors);
+  write_config(folder, config);
+}
+
+int64_t Llama::parameter_count() const {
+  int64_t count = 0;
+  for (const auto& [name, value] : parameters_) count += value.numel();
+  return count;
+}
+
+void Llama::check_mode(FfnMode mode) const {
+  if (mode == FfnMode::kTwell && !is_relu()) {
+    throw Error("--ffn twell needs hidden_act \"relu\"; this model's is \"" + config_.hidden_act +
+                "\": use --ffn dense");
+  }
+}
+
+Tensor Llama::weight(const std::string& name) const { return parameters_.at(name).to(compute_); }
+
+Tensor Llama::head() const { return weight(config_.tie_word_embeddings ? kEmbedding : kHead); }
+
+Tensor Llama::logits(const Tensor& hidden) const { return torch::matmul(hidden, head().t()); }
+
+FfnWeights Llama::ffn_weights(int layer) const {
+  return {weight(layer_name(layer, "mlp.gate_proj.weight")),
+          weight(layer_name(layer, "mlp.up_proj.weight")), weight(layer_name(layer, kDown))};
+}
+
+Tensor Llama::attention(int layer, const Tensor& x, KvCache* cache, int64_t position) {
+  const int64_t batch = x.size(0), length = x.size(1), head_dim = config_.head_dim;
+  const auto project = [&](const Tensor& input, const std::string& name, bool bias) {
+    const std::string base = layer_name(layer, "self_attn." + name + "_proj.");
+    return torch::linear(input, weight(base + "weight"), bias ? weight(base + "bias") : Tensor());
+  };
+  const auto split = [&](const Tensor& t, int64_t heads) {  // → [batch, heads, length, head_dim]
+    return t.view({batch, length, heads, head_dim}).transpose(1, 2);
+  };
+  const Tensor cos = cos_.narrow(0, position, length);
+  const Tensor sin = sin_.narrow(0, position, length);
+  const bool bias = config_.qkv_bias();
+  const Tensor q = rotate(split(project(x, "q", bias), config_.num_attention_heads), cos, sin);
+  Tensor k = rotate(split(project(x, "k", bias), config_.num_key_value_heads), cos, sin);
+  Tensor v = split(project(x, "v", bias), config_.num_key_value_heads);
+  if (cache != nullptr) {
+    const auto index = static_cast<size_t>(layer);
+    k = append(cache->keys[index], k, position, cache->max_length);
+    v = append(cache->values[index], v, position, cache->max_length);
+  }
+  const Tensor mixed = attend(q, k, v).transpose(1, 2).reshape({batch, length, -1});
+  return project(mixed, "o", config_.o_bias());
+}
+
+Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& options) {
+  const Tensor flat = x.reshape({-1, config_.hidden_size}).contiguous();  // [tokens, hidden]
+  const FfnWeights weights = ffn_weights(layer);
+  if (options.on_ffn) options.on_ffn(layer, flat, weights);
+  if (!is_relu()) return silu_ffn(flat, weights).view_as(x);
+  const FfnPath path = choosers_[static_cast<size_t>(layer)].choose(
+      flat.detach(), weights, options.ffn, torch::GradMode::is_enabled());
+  FfnOutput out = relu_ffn(flat, weights, path);
+  const Tensor y = std::exchange(out.y, Tensor()).view_as(x);
+  if (options.ffn_outputs != nullptr) options.ffn_outputs->push_back(std::move(out));
+  return y;
+}
+
+Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
+  check_mode(options.ffn);
+  const int64_t position = options.cache != nullptr ? options.cache->length : 0;
+  const int64_t end = position + tokens.size(1);
+  if (options.cache != nullptr) {
+    if (end > options.cache->max_length) {
+      throw Error("the cache holds " + std::to_string(options.cache->max_length) + " tokens, and " +
+                  std::to_string(end) + " were given");
+    }
+    options.cache->keys.resize(choosers_.size());
+    options.cache->values.resize(choosers_.size());
+  }
+  if (!cos_.defined() || cos_.size(0) < end) {
+    const torch::NoGradGuard no_grad;
+    const Tensor angles = torch::outer(torch::arange(2 * end).to(torch::kFloat32),
+                                       rope_frequencies(config_));  // [positions, head_dim / 2]
+    const Tensor both = torch::cat({angles, angles}, -1);
+    cos_ = both.cos().to(torch::TensorOptions(device_).dtype(compute_));
+    sin_ = both.sin().to(torch::TensorOptions(device_).dtype(compute_));
+  }
+  const auto norm = [&](const Tensor& x, const std::string& name) {
+    return rms_norm(x, parameters_.at(name), config_.rms_norm_eps);
+  };
+  Tensor x = torch::embedding(parameters_.at(kEmbedding), tokens).to(compute_);
+  for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    x = x + attention(layer, norm(x, layer_name(layer, "input_layernorm.weight")), options.cache,
+                      position);
+    x = x +
+        feed_forward(layer, norm(x, layer_name(layer, "post_attention_layernorm.weight")), options);
+  }
+  if (options.cache != nullptr) options.cache->length = end;
+  return norm(x, kFinalNorm);
+}
+
+}  // namespace twell::app

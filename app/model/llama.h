@@ -1,0 +1,88 @@
+#pragma once
+// Llama and Qwen2 on libtorch, for training and for inference, stored as Hugging Face directories.
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "app/hf/config.h"
+#include "app/model/ffn.h"
+
+namespace twell::app {
+
+// The keys and values of all tokens so far, for decoding. Starts empty and grows by doubling, at
+// most to `max_length`.
+struct KvCache {
+  explicit KvCache(int64_t max_length) : max_length(max_length) {}
+
+  int64_t max_length;
+  int64_t length = 0;                       // tokens held
+  std::vector<torch::Tensor> keys, values;  // per layer [batch, kv_heads, capacity, head_dim]
+};
+
+struct ForwardOptions {
+  FfnMode ffn = FfnMode::kDense;
+  KvCache* cache = nullptr;                       // attended to and extended by this call's tokens
+  std::vector<FfnOutput>* ffn_outputs = nullptr;  // one per layer, without y (ReLU models only)
+  // Called before each layer's FFN with its input [tokens, hidden] and its weights.
+  std::function<void(int layer, const torch::Tensor& x, const FfnWeights& weights)> on_ffn;
+};
+
+// The weights are leaves named as in the checkpoint ("model.layers.0.mlp.gate_proj.weight"), with
+// one difference: down_proj is held neuron-major, [neurons, hidden]. Training holds them in
+// float32 and computes in bf16: forward casts, and autograd returns float32 gradients. Inference
+// holds them in the compute dtype.
+class Llama {
+ public:
+  using Parameters = std::map<std::string, torch::Tensor>;
+
+  // Random float32 weights: normal with the config's initializer_range from `seed`, residual
+  // outputs (o_proj, down_proj) scaled by 1/√(2 layers), norms 1, biases 0.
+  static Llama create(const ModelConfig& config, uint64_t seed, torch::ScalarType compute,
+                      torch::Device device);
+  // Reads config.json and the safetensors; missing, surplus or misshapen tensors give an Error by
+  // name. `stored` is the dtype the weights are held in.
+  static Llama load(const std::filesystem::path& folder, torch::ScalarType stored,
+                    torch::ScalarType compute, torch::Device device);
+  // Writes config.json and model.safetensors in `dtype`, each atomically.
+  void save(const std::filesystem::path& folder, torch::ScalarType dtype) const;
+
+  // tokens [batch, length] int64 → [batch, length, hidden] after the final norm.
+  torch::Tensor forward(const torch::Tensor& tokens, const ForwardOptions& options = {});
+  // hidden [..., hidden] → [..., vocab], in the compute dtype.
+  torch::Tensor logits(const torch::Tensor& hidden) const;
+  // The weight of logits(): [vocab, hidden] in the compute dtype.
+  torch::Tensor head() const;
+
+  FfnWeights ffn_weights(int layer) const;  // in the compute dtype
+  // Throws Error by name if the model can't run in `mode` (twell needs ReLU).
+  void check_mode(FfnMode mode) const;
+  bool is_relu() const { return config_.hidden_act == "relu"; }
+
+  const ModelConfig& config() const { return config_; }
+  Parameters& parameters() { return parameters_; }
+  const Parameters& parameters() const { return parameters_; }
+  int64_t parameter_count() const;
+  std::vector<FfnChooser>& choosers() { return choosers_; }  // one per layer
+  torch::Device device() const { return device_; }
+
+ private:
+  Llama(ModelConfig config, torch::ScalarType compute, torch::Device device);
+  torch::Tensor weight(const std::string& name) const;  // in the compute dtype
+  torch::Tensor attention(int layer, const torch::Tensor& x, KvCache* cache, int64_t position);
+  torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options);
+
+  ModelConfig config_;
+  torch::ScalarType compute_;
+  torch::Device device_;
+  Parameters parameters_;
+  std::vector<FfnChooser> choosers_;
+  torch::Tensor cos_, sin_;  // [positions, head_dim] in the compute dtype, grown on demand
+};
+
+}  // namespace twell::app
