@@ -1,0 +1,16 @@
+// What stands in for src/cuda in a build without it.
+#ifndef TWELL_HAVE_CUDA
+
+#include "twell/device.h"
+
+namespace twell {
+
+Result<Device> cuda_device(int ordinal) {
+  return Status(StatusCode::kUnsupported, "cuda_device: device " + std::to_string(ordinal) +
+                                              " asked for; this build of twell has no CUDA "
+                                              "kernels");
+}
+
+}  // namespace twell
+
+#endif
