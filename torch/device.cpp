@@ -19,7 +19,6 @@ Device describe(const torch::stable::Device& device) {
     described.threads = static_cast<int>(torch::stable::get_num_threads());
     return described;
   }
-  if (!device.is_cuda()) refuse("device", "must be cpu or cuda");
   return require(cuda_device(
       device.has_index() ? device.index() : torch::stable::accelerator::getCurrentDeviceIndex()));
 }

@@ -1,3 +1,4 @@
+#include <charconv>
 #include <sstream>
 
 #include "check.h"
@@ -19,6 +20,22 @@ FfnPath require_path(const std::string& path) {
   if (path == "dense") return FfnPath::kDense;
   if (path == "twell") return FfnPath::kSparse;
   refuse("path", "is '" + path + "'; it must be auto, dense or twell");
+}
+
+torch::stable::Device require_device(const std::string& device) {
+  using torch::headeronly::DeviceType;
+  if (device == "cpu") return torch::stable::Device(DeviceType::CPU);
+  if (device == "cuda") return torch::stable::Device(DeviceType::CUDA);
+  const std::string prefix = "cuda:";
+  int ordinal = -1;
+  if (device.starts_with(prefix)) {
+    const char* end = device.data() + device.size();
+    const auto [rest, error] = std::from_chars(device.data() + prefix.size(), end, ordinal);
+    if (error == std::errc() && rest == end && ordinal >= 0) {
+      return torch::stable::Device(DeviceType::CUDA, ordinal);
+    }
+  }
+  refuse("device", "is '" + device + "'; it must be cpu, cuda or cuda:N");
 }
 
 std::string to_json(const FfnPlan& plan) {
@@ -46,10 +63,10 @@ std::string ffn_plan(const std::string& kind, ScalarType dtype, std::int64_t tok
                      std::int64_t hidden, std::int64_t neurons, const std::string& path,
                      bool training, double expected_active, double expected_union,
                      const std::string& device) {
-  const FfnProblem problem{require_kind(kind), require_core_dtype("the problem", dtype), tokens,
+  const FfnProblem problem{require_kind(kind), require_core_dtype("the block", dtype), tokens,
                            hidden, neurons};
   const PlanOptions options{require_path(path), training, expected_active, expected_union};
-  return to_json(require(plan_ffn(problem, describe(torch::stable::Device(device)), options)));
+  return to_json(require(plan_ffn(problem, describe(require_device(device)), options)));
 }
 
 }  // namespace twell::ops
