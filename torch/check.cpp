@@ -84,4 +84,19 @@ DType require_core_dtype(std::string_view argument, ScalarType dtype) {
   }
 }
 
+void require_bf16_matrix(const Argument& argument) {
+  require_dtype(argument, ScalarType::BFloat16);
+  require_dim(argument, 2);
+  require_contiguous(argument);
+}
+
+TwellShape require_twell_shape(std::int64_t rows, std::int64_t columns, std::int64_t slots) {
+  if (!std::in_range<int>(slots)) {
+    refuse("slots", "is " + std::to_string(slots) + "; it must be 8, 16, 32, 64 or 128");
+  }
+  const TwellShape shape{rows, columns, static_cast<int>(slots)};
+  require(validate(shape));
+  return shape;
+}
+
 }  // namespace twell::ops

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <utility>
 
+#include "twell/format.h"
 #include "twell/status.h"
 #include "twell/types.h"
 
@@ -43,5 +44,10 @@ void require_same_device(const Argument& argument, const Argument& reference);
 
 // The core's dtype for BFloat16, Float and Double; refuses others.
 DType require_core_dtype(std::string_view argument, ScalarType dtype);
+
+// [rows, columns] bf16, contiguous.
+void require_bf16_matrix(const Argument& argument);
+
+TwellShape require_twell_shape(std::int64_t rows, std::int64_t columns, std::int64_t slots);
 
 }  // namespace twell::ops

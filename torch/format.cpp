@@ -1,66 +1,12 @@
 #include "twell/format.h"
 
 #include <array>
-#include <limits>
-#include <string>
 
 #include "check.h"
 #include "device.h"
 #include "operators.h"
-#include "twell/gate_pack.h"
 
 namespace twell::ops {
-namespace {
-
-int to_int(std::string_view argument, std::int64_t value) {
-  if (value < 0 || value > std::numeric_limits<int>::max()) {
-    refuse(argument, "is " + std::to_string(value) + "; it must be 8, 16, 32, 64 or 128");
-  }
-  return static_cast<int>(value);
-}
-
-TwellShape require_twell_shape(std::int64_t rows, std::int64_t columns, std::int64_t slots) {
-  const TwellShape shape{rows, columns, to_int("slots", slots)};
-  require(validate(shape));
-  return shape;
-}
-
-void require_bf16_matrix(const Argument& argument) {
-  require_dtype(argument, ScalarType::BFloat16);
-  require_dim(argument, 2);
-  require_contiguous(argument);
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> gate_pack(const Tensor& x, const Tensor& gate, std::int64_t slots) {
-  const Argument x_argument{"x", x};
-  const Argument gate_argument{"gate", gate};
-  require_bf16_matrix(x_argument);
-  require_same_device(gate_argument, x_argument);
-  require_bf16_matrix(gate_argument);
-  require_shape(gate_argument, std::array{gate.size(0), x.size(1)}, "[neurons, hidden]");
-
-  const TwellShape shape = require_twell_shape(x.size(0), gate.size(0), slots);
-  const Execution execution(x);
-  const std::size_t workspace_bytes =
-      require(gate_pack_workspace_bytes(shape, x.size(1), execution.device()));
-
-  Tensor words = execution.empty({shape.rows, shape.tiles(), shape.slots}, ScalarType::Int);
-  Tensor overflow = execution.empty({}, ScalarType::Long);
-  const Tensor workspace = execution.bytes(workspace_bytes);
-  GatePackArgs args;
-  args.x = static_cast<const bf16*>(x.const_data_ptr());
-  args.gate = static_cast<const bf16*>(gate.const_data_ptr());
-  args.hidden = x.size(1);
-  args.words = static_cast<std::uint32_t*>(words.mutable_data_ptr());
-  args.overflow_tile_rows = static_cast<std::int64_t*>(overflow.mutable_data_ptr());
-  args.workspace = workspace.mutable_data_ptr();
-  args.stream = execution.stream();
-  require(twell::gate_pack(shape, execution.device(), args));
-  return {words, overflow};
-}
-
 std::tuple<Tensor, Tensor> twell_encode(const Tensor& values, std::int64_t slots) {
   require_bf16_matrix({"values", values});
   const TwellShape shape = require_twell_shape(values.size(0), values.size(1), slots);
