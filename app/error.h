@@ -1,6 +1,8 @@
 #pragma once
 
 #include <stdexcept>
+#include <string>
+#include <string_view>
 
 namespace twell::app {
 
@@ -9,5 +11,9 @@ namespace twell::app {
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+// `text` in double quotes, fit for a one-line message whatever a hostile file put there: control
+// characters and bytes that are not UTF-8 become \xHH, and what is over 80 bytes is cut.
+std::string quote(std::string_view text);
 
 }  // namespace twell::app

@@ -39,8 +39,8 @@ class Safetensors {
 
   // A CPU tensor of its own memory, read with pread: a file that shrank meanwhile gives an Error.
   torch::Tensor load(const std::string& name) const;
-  // A CPU tensor over a private memory map, which it keeps alive (copied if the file's offset is
-  // not aligned for the dtype). Writing to it changes neither the file nor other views' files; but
+  // A CPU tensor over a private memory map, which it keeps alive (copied if it is BOOL, or if its
+  // place in the file is not aligned). Writing to it never changes the file. But
   // if the file is truncated after this call, touching the lost pages is fatal: use load() for
   // files that others may change.
   torch::Tensor view(const std::string& name) const;

@@ -23,16 +23,17 @@ class AtomicFile {
   void commit();
 
  private:
+  [[noreturn]] void fail(const char* step) const;
+
   std::filesystem::path target_;
-  std::string temporary_;
+  std::filesystem::path temporary_;  // empty once renamed
   int descriptor_ = -1;
 };
 
 // Writes `contents` to `target` by an AtomicFile.
 void write_file(const std::filesystem::path& target, std::string_view contents);
 
-// Reads a whole regular file of at most `limit` bytes. `what` names its kind in errors
-// ("config.json"). Throws Error if it is missing, not a regular file, too long or unreadable.
-std::string read_file(const std::filesystem::path& path, std::string_view what, size_t limit);
+// Flushes a folder's entries to the disk, so that a rename in it survives a power cut.
+void sync_folder(const std::filesystem::path& folder);
 
 }  // namespace twell::app
