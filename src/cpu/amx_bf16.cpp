@@ -1,9 +1,157 @@
-#define TWELL_VECTOR_BYTES 64
-#include "cpu/generic.h"
+// The dense product on AMX tiles: tdpbf16ps multiplies 16 × 32 by 32 × 16 bf16 in 16 cycles.
+//
+// A block of 32 rows × kDepth of A is copied into 16-row tiles, which stay in the first-level
+// cache (rows that are a power of two apart would evict each other); the strips of the panel
+// stream past it from the second level. Each step multiplies 2 × 2 tiles.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/prefetcher.h"
 #include "cpu/tables.h"
 
 namespace twell::cpu {
+namespace {
 
-constinit const Kernels<bf16> amx_bf16 = generic_kernels<bf16>();
+constexpr std::int64_t kTileRows = 16;
+constexpr std::int64_t kTileInner = 32;  // bf16 per tile row
+constexpr std::int64_t kBlockRows = 2 * kTileRows;
+#ifndef TWELL_AMX_DEPTH
+#define TWELL_AMX_DEPTH 512
+#endif
+constexpr std::int64_t kDepth = TWELL_AMX_DEPTH;  // inner elements per pass
+constexpr std::int64_t kTileElements = kTileRows * kTileInner;
+
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1;
+  std::uint8_t start_row = 0;
+  std::uint8_t reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The tile registers of this thread while in scope.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// a[r][first + k] → block[k / 32][r / 16][r % 16][k % 32]; rows and columns beyond are zero.
+inline void copy_block(Rows<bf16> a, std::int64_t rows, std::int64_t first, std::int64_t depth,
+                       bf16* block) {
+  const std::int64_t tiles = rows > kTileRows ? 2 : 1;
+  for (std::int64_t r = 0; r < tiles * kTileRows; ++r) {
+    const bf16* row = r < rows ? a[r] + first : nullptr;
+    bf16* to = block + r * kTileInner;
+    for (std::int64_t k = 0; k < depth; k += kTileInner, to += 2 * kTileElements) {
+      const std::int64_t width = depth - k;
+      const __m512i part = !row ? _mm512_setzero_si512()
+                           : width < kTileInner
+                               ? _mm512_maskz_loadu_epi16((1u << width) - 1, row + k)
+                               : _mm512_loadu_si512(row + k);
+      _mm512_store_si512(to, part);
+    }
+  }
+}
+
+// c (+)= block · strip for 16 or 32 rows × 32 columns.
+template <bool kTwoTiles>
+inline void multiply_tiles(const bf16* block, const bf16* strip, std::int64_t depth, float* c,
+                           std::int64_t ldc, bool accumulate) {
+  const std::int64_t c_bytes = ldc * static_cast<std::int64_t>(sizeof(float));
+  constexpr std::int64_t kStripBytes = kPanelColumns * 2 * sizeof(bf16);
+  float* lower = c + kTileRows * ldc;
+  if (accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (kTwoTiles) {
+      _tile_loadd(2, lower, c_bytes);
+      _tile_loadd(3, lower + 16, c_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwoTiles) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (std::int64_t k = 0; k < depth; k += kTileInner) {
+    const bf16* left = block + k / kTileInner * 2 * kTileElements;
+    const bf16* right = strip + k * kPanelColumns;
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, kStripBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, right + kTileInner, kStripBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwoTiles) {
+      _tile_loadd(5, left + kTileElements, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  if constexpr (kTwoTiles) {
+    _tile_stored(2, lower, c_bytes);
+    _tile_stored(3, lower + 16, c_bytes);
+  }
+}
+
+}  // namespace
+
+void amx_multiply(Rows<bf16> a, std::int64_t rows, std::int64_t inner, const bf16* panel,
+                  std::int64_t columns, float* c, std::int64_t ldc, bool accumulate,
+                  const bf16* next) {
+  alignas(64) bf16 block[kBlockRows * kDepth];
+  alignas(64) float edge[kBlockRows * kPanelColumns];  // where c has no whole tile of rows
+  const TileRegisters registers;
+  const std::int64_t strips = (columns + kPanelColumns - 1) / kPanelColumns;
+  const std::int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  Prefetcher prefetcher(next, a.stride, rows, inner,
+                        blocks * strips * ((inner + kDepth - 1) / kDepth));
+  for (std::int64_t r = 0; r < rows; r += kBlockRows) {
+    const std::int64_t height = smaller(kBlockRows, rows - r);
+    const bool two = height > kTileRows;
+    const bool whole = height % kTileRows == 0;
+    for (std::int64_t k = 0; k < inner; k += kDepth) {
+      const std::int64_t depth = smaller(kDepth, inner - k);
+      copy_block(a.from(r), height, k, depth, block);
+      for (std::int64_t j = 0; j < columns; j += kPanelColumns) {
+        prefetcher.step();
+        const bf16* strip = panel + j * padded(inner) + k * kPanelColumns;
+        float* target = c + r * ldc + j;
+        const bool add = accumulate || k > 0;
+        float* out = whole ? target : edge;
+        const std::int64_t ldo = whole ? ldc : kPanelColumns;
+        if (!whole && add) {
+          for (std::int64_t i = 0; i < height; ++i) {
+            std::memcpy(edge + i * kPanelColumns, target + i * ldc, kPanelColumns * sizeof(float));
+          }
+        }
+        if (two) {
+          multiply_tiles<true>(block, strip, depth, out, ldo, add);
+        } else {
+          multiply_tiles<false>(block, strip, depth, out, ldo, add);
+        }
+        if (!whole) {
+          for (std::int64_t i = 0; i < height; ++i) {
+            std::memcpy(target + i * ldc, edge + i * kPanelColumns, kPanelColumns * sizeof(float));
+          }
+        }
+      }
+    }
+  }
+}
 
 }  // namespace twell::cpu
