@@ -1,8 +1,9 @@
 // The dense product on AMX tiles: tdpbf16ps multiplies 16 × 32 by 32 × 16 bf16 in 16 cycles.
 //
-// A block of 32 rows × kDepth of A is copied into 16-row tiles, which stay in the first-level
-// cache (rows that are a power of two apart would evict each other); the strips of the panel
-// stream past it from the second level. Each step multiplies 2 × 2 tiles.
+// In passes of kDepth along inner, so that a pass's part of the panel and all of c stay in the
+// second-level cache: a block of 32 rows of A is copied into 16-row tiles, which stay in the first
+// level (rows that are a power of two apart would evict each other), and the strips of the panel
+// stream past it. Each step multiplies 2 × 2 tiles.
 
 #include <immintrin.h>
 
@@ -108,47 +109,53 @@ inline void multiply_tiles(const bf16* block, const bf16* strip, std::int64_t de
   }
 }
 
+// The same for any number of rows: where c lacks whole tiles of them, in a buffer.
+inline void multiply_block(const bf16* block, std::int64_t rows, const bf16* strip,
+                           std::int64_t depth, float* c, std::int64_t ldc, bool accumulate) {
+  if (rows == kBlockRows) {
+    multiply_tiles<true>(block, strip, depth, c, ldc, accumulate);
+    return;
+  }
+  alignas(64) float edge[kBlockRows * kPanelColumns];
+  constexpr std::size_t kRowBytes = kPanelColumns * sizeof(float);
+  for (std::int64_t i = 0; accumulate && i < rows; ++i) {
+    std::memcpy(edge + i * kPanelColumns, c + i * ldc, kRowBytes);
+  }
+  if (rows > kTileRows) {
+    multiply_tiles<true>(block, strip, depth, edge, kPanelColumns, accumulate);
+  } else {
+    multiply_tiles<false>(block, strip, depth, edge, kPanelColumns, accumulate);
+  }
+  for (std::int64_t i = 0; i < rows; ++i) {
+    std::memcpy(c + i * ldc, edge + i * kPanelColumns, kRowBytes);
+  }
+}
+
 }  // namespace
 
 void amx_multiply(Rows<bf16> a, std::int64_t rows, std::int64_t inner, const bf16* panel,
                   std::int64_t columns, float* c, std::int64_t ldc, bool accumulate,
                   const bf16* next) {
   alignas(64) bf16 block[kBlockRows * kDepth];
-  alignas(64) float edge[kBlockRows * kPanelColumns];  // where c has no whole tile of rows
   const TileRegisters registers;
   const std::int64_t strips = (columns + kPanelColumns - 1) / kPanelColumns;
   const std::int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  Prefetcher prefetcher(next, a.stride, rows, inner,
-                        blocks * strips * ((inner + kDepth - 1) / kDepth));
-  for (std::int64_t r = 0; r < rows; r += kBlockRows) {
-    const std::int64_t height = smaller(kBlockRows, rows - r);
-    const bool two = height > kTileRows;
-    const bool whole = height % kTileRows == 0;
-    for (std::int64_t k = 0; k < inner; k += kDepth) {
-      const std::int64_t depth = smaller(kDepth, inner - k);
+  for (std::int64_t k = 0; k < inner; k += kDepth) {
+    const std::int64_t depth = smaller(kDepth, inner - k);
+    const bool last = k + kDepth >= inner;
+    // What the next pass reads: the next columns of these rows, or the first of the next rows.
+    Prefetcher prefetcher(last      ? next
+                          : a.index ? nullptr
+                                    : a[0] + k + kDepth,
+                          a.stride, rows, smaller(kDepth, last ? inner : inner - k - kDepth),
+                          blocks * strips);
+    for (std::int64_t r = 0; r < rows; r += kBlockRows) {
+      const std::int64_t height = smaller(kBlockRows, rows - r);
       copy_block(a.from(r), height, k, depth, block);
       for (std::int64_t j = 0; j < columns; j += kPanelColumns) {
         prefetcher.step();
-        const bf16* strip = panel + j * padded(inner) + k * kPanelColumns;
-        float* target = c + r * ldc + j;
-        const bool add = accumulate || k > 0;
-        float* out = whole ? target : edge;
-        const std::int64_t ldo = whole ? ldc : kPanelColumns;
-        if (!whole && add) {
-          for (std::int64_t i = 0; i < height; ++i) {
-            std::memcpy(edge + i * kPanelColumns, target + i * ldc, kPanelColumns * sizeof(float));
-          }
-        }
-        if (two) {
-          multiply_tiles<true>(block, strip, depth, out, ldo, add);
-        } else {
-          multiply_tiles<false>(block, strip, depth, out, ldo, add);
-        }
-        if (!whole) {
-          for (std::int64_t i = 0; i < height; ++i) {
-            std::memcpy(target + i * ldc, edge + i * kPanelColumns, kPanelColumns * sizeof(float));
-          }
-        }
+        multiply_block(block, height, panel + j * padded(inner) + k * kPanelColumns, depth,
+                       c + r * ldc + j, ldc, accumulate || k > 0);
       }
     }
   }

@@ -204,9 +204,9 @@ inline void dot_rows(Rows<bf16> a, Rows<bf16> b, std::int64_t b_rows, std::int64
   if (j < b_rows) dot_block<kA, 1>(a, b.from(j), inner, ahead, out + j * step_b, step_a, step_b);
 }
 
-void dots(Rows<bf16> a, std::int64_t a_rows, Rows<bf16> b, std::int64_t b_rows, std::int64_t inner,
-          float* out, std::int64_t ldo) {
-  constexpr int kA = 8;
+template <int kA>
+inline void all_dots(Rows<bf16> a, std::int64_t a_rows, Rows<bf16> b, std::int64_t b_rows,
+                     std::int64_t inner, float* out, std::int64_t ldo) {
   std::int64_t i = 0;
   for (; i + kA <= a_rows; i += kA) {
     const bf16* ahead[kA];
@@ -217,6 +217,15 @@ void dots(Rows<bf16> a, std::int64_t a_rows, Rows<bf16> b, std::int64_t b_rows, 
     dot_rows<kA>(a.from(i), b, b_rows, inner, ahead, out + i * ldo, ldo, 1);
   }
   for (; i < a_rows; ++i) dot_rows<1>(a.from(i), b, b_rows, inner, nullptr, out + i * ldo, ldo, 1);
+}
+
+void dots(Rows<bf16> a, std::int64_t a_rows, Rows<bf16> b, std::int64_t b_rows, std::int64_t inner,
+          float* out, std::int64_t ldo) {
+  if (b_rows == 1) {
+    all_dots<8>(a, a_rows, b, b_rows, inner, out, ldo);
+  } else {
+    all_dots<4>(a, a_rows, b, b_rows, inner, out, ldo);
+  }
 }
 
 // ---- weighted_sum --------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-// The sparse FFN forward on the CPU, chunk by chunk of tokens; in each chunk four phases:
+// The sparse FFN forward on the CPU, chunk by chunk of tokens; in each chunk five phases:
 //
 //   1. prepare  x as a panel; tokens with NaN or infinity marked
-//   2. gate, up per block of neurons, over all tokens of the chunk: G is read once, and the rows
-//               of U at once where g > 0. Each (tile, block) is a segment of the workspace with
-//               room for the worst case, so nothing can overflow and no thread waits for another
-//   3. gather   per tile: the rows of the union that go to the dense product (heavy) and, per
+//   2. gate     per block of neurons, over all tokens of the chunk, so that G is read once; each
+//               row of the product is packed while it is in cache. A (tile, block) is a segment of
+//               the workspace with room for the worst case, so nothing can overflow and no thread
+//               waits for another
+//   3. up       per segment, tile after tile, so that a tile's x stays in cache
+//   4. gather   per tile: the rows of the union that go to the dense product (heavy) and, per
 //               token, the list of those that do not (light); what the backward needs
-//   4. down     per (tile, block of hidden columns)
+//   5. down     per (tile, block of hidden columns)
 //
 // Every sum has a fixed order that does not depend on the number of threads.
 
@@ -24,7 +26,7 @@
 namespace twell::cpu {
 namespace {
 
-constexpr std::int64_t kGateRows = 32;      // rows of G per call of multiply
+constexpr std::int64_t kUpRows = 32;        // heavy neurons per dense up product
 constexpr std::int64_t kDownColumns = 256;  // hidden columns per unit of down work
 constexpr std::int64_t kHeavyGroup = 512;   // neurons per dense down product (a panel in L2)
 
@@ -39,6 +41,7 @@ struct Segment {
   std::int64_t first_heavy;
 };
 
+// Neurons of a tile, by kind.
 struct TileLists {
   std::int64_t heavy;
   std::int64_t light;
@@ -69,10 +72,11 @@ struct Sizes {
 // What one thread needs for itself.
 template <class T>
 struct Scratch {
-  Acc<T>* product = nullptr;      // [kGateRows, padded(chunk_tokens)], or [.., tile_tokens]
+  Acc<T>* product = nullptr;      // [max(block_neurons, kUpRows), padded(chunk_tokens)]
   std::int32_t* rows = nullptr;   // [block_neurons] heavy neurons of a segment
   std::int32_t* entry = nullptr;  // [block_neurons] their entries
   T* panel = nullptr;             // [kHeavyGroup, kDownColumns]
+  T* light_down = nullptr;        // [neurons, kDownColumns] rows of D
   Acc<T>* y = nullptr;            // [tile_tokens, kDownColumns]
 };
 
@@ -88,8 +92,9 @@ struct Workspace {
   TileLists* lists = nullptr;   // [tiles]
   std::int32_t* heavy_neurons = nullptr;  // [tiles, heavy_stride]
   T* heavy_h = nullptr;                   // [tiles, tile_tokens, heavy_stride]
-  std::int64_t* light_start = nullptr;    // [tiles, tile_tokens + 1]
-  std::int32_t* light_neurons = nullptr;  // [tiles, light_capacity], token by token
+  std::int32_t* light_neurons = nullptr;  // [tiles, neurons]
+  std::int64_t* light_start = nullptr;    // [tiles, tile_tokens + 1] into the next two
+  std::int32_t* light_index = nullptr;    // [tiles, light_capacity] into light_neurons, by token
   T* light_h = nullptr;                   // likewise
   Scratch<T>* scratch = nullptr;          // [threads]; its arrays follow
 
@@ -114,15 +119,18 @@ struct Workspace {
       w.heavy_h = carver.take<T>(size.tiles * size.tile_tokens * size.heavy_stride);
     }
     w.light_start = carver.take<std::int64_t>(size.tiles * (size.tile_tokens + 1));
-    w.light_neurons = carver.take<std::int32_t>(size.tiles * size.light_capacity);
+    w.light_neurons = carver.take<std::int32_t>(size.tiles * size.neurons);
+    w.light_index = carver.take<std::int32_t>(size.tiles * size.light_capacity);
     w.light_h = carver.take<T>(size.tiles * size.light_capacity);
     w.scratch = carver.take<Scratch<T>>(plan.device.threads);
     for (int thread = 0; thread < plan.device.threads; ++thread) {
       Scratch<T> s;
-      s.product = carver.take<Acc<T>>(kGateRows * padded(size.chunk_tokens));
+      s.product =
+          carver.take<Acc<T>>(std::max(size.block_neurons, kUpRows) * padded(size.chunk_tokens));
       s.rows = carver.take<std::int32_t>(size.block_neurons);
       s.entry = carver.take<std::int32_t>(size.block_neurons);
       s.panel = carver.take<T>(panel_elements(kHeavyGroup, kDownColumns));
+      s.light_down = carver.take<T>(size.light_capacity > 0 ? size.neurons * kDownColumns : 0);
       s.y = carver.take<Acc<T>>(size.tile_tokens * kDownColumns);
       if (w.scratch) w.scratch[thread] = s;
     }
@@ -239,12 +247,21 @@ class Forward {
 #pragma omp for schedule(static)
       for (std::int64_t tile = 0; tile < tiles_; ++tile) mark_forced(tile);
 #pragma omp for schedule(dynamic, 1)
-      for (std::int64_t block = 0; block < size_.blocks; ++block) gate_and_up(block);
-#pragma omp single
-      place_segments();
+      for (std::int64_t block = 0; block < size_.blocks; ++block) gate(block);
 #pragma omp for schedule(dynamic, 1) collapse(2)
       for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-        for (std::int64_t block = 0; block < size_.blocks; ++block) gather_segment(tile, block);
+        for (std::int64_t block = 0; block < size_.blocks; ++block) {
+          if (gated_) up(tile, block);
+          sum_segment(tile, block);
+        }
+      }
+#pragma omp single
+      place_segments();
+      if (size_.use_heavy || saved_.tiles) {
+#pragma omp for schedule(dynamic, 1) collapse(2)
+        for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+          for (std::int64_t block = 0; block < size_.blocks; ++block) gather_segment(tile, block);
+        }
       }
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t tile = 0; tile < tiles_; ++tile) list_light(tile);
@@ -274,30 +291,23 @@ class Forward {
     work_.forced[tile] = forced;
   }
 
-  // ---- 2. gate and up
+  // ---- 2. gate
 
-  void gate_and_up(std::int64_t block) {
+  void gate(std::int64_t block) {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) segment(tile, block) = {};
     const std::int64_t first = block * size_.block_neurons;
-    const std::int64_t last = std::min(first + size_.block_neurons, size_.neurons);
+    const std::int64_t rows = std::min(size_.block_neurons, size_.neurons - first);
     const std::int64_t ldc = padded(tokens_);
+    const Rows<T> weights{gate_ + first * size_.hidden, size_.hidden};
     Acc<T>* product = scratch().product;
-    for (std::int64_t n = first; n < last; n += kGateRows) {
-      const std::int64_t rows = std::min(kGateRows, last - n);
-      const Rows<T> gate{gate_ + n * size_.hidden, size_.hidden};
-      if (use_dots()) {
-        kernels_.dots(gate, rows, chunk_x(), tokens_, size_.hidden, product, ldc);
-      } else {
-        const bool more = n + 2 * kGateRows <= size_.neurons;
-        kernels_.multiply(gate, rows, size_.hidden, work_.panel, tokens_, product, ldc, false,
-                          more ? gate[kGateRows] : nullptr);
-      }
-      for (std::int64_t r = 0; r < rows; ++r) pack_neuron(block, n + r, product + r * ldc);
+    if (use_dots()) {
+      kernels_.dots(weights, rows, chunk_x(), tokens_, size_.hidden, product, ldc);
+    } else {
+      const bool more = first + 2 * rows <= size_.neurons;
+      kernels_.multiply(weights, rows, size_.hidden, work_.panel, tokens_, product, ldc, false,
+                        more ? weights[rows] : nullptr);
     }
-    for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      if (gated_) up(tile, block);
-      finish_segment(tile, block);
-    }
+    for (std::int64_t r = 0; r < rows; ++r) pack_neuron(block, first + r, product + r * ldc);
   }
 
   // One row of the gate product: an entry in each tile where the neuron is active.
@@ -320,6 +330,8 @@ class Forward {
     if (stats_.activity) stats_.activity[neuron] += activity;
   }
 
+  // ---- 3. up
+
   void up(std::int64_t tile, std::int64_t block) {
     const Segment& s = segment(tile, block);
     const Entry* list = entries(tile, block);
@@ -327,6 +339,7 @@ class Forward {
     std::int64_t heavy = 0;
     for (std::int32_t e = 0; e < s.entries; ++e) {
       const int count = list[e].tokens.count();
+      if (e + 1 < s.entries) prefetch_row(up_ + list[e + 1].neuron * size_.hidden);
       if (count >= plan_.heavy_tokens) {
         own.rows[heavy] = list[e].neuron;
         own.entry[heavy++] = e;
@@ -337,8 +350,8 @@ class Forward {
     const Rows<T> weights{up_, size_.hidden, own.rows};
     const T* panel = work_.panel + tile * size_.tile_tokens * padded(size_.hidden);
     const std::int64_t ldc = padded(size_.tile_tokens);
-    for (std::int64_t first = 0; first < heavy; first += kGateRows) {
-      const std::int64_t rows = std::min(kGateRows, heavy - first);
+    for (std::int64_t first = 0; first < heavy; first += kUpRows) {
+      const std::int64_t rows = std::min(kUpRows, heavy - first);
       kernels_.multiply(weights.from(first), rows, size_.hidden, panel, tile_size(tile),
                         own.product, ldc, false, nullptr);
       for (std::int64_t r = 0; r < rows; ++r) {
@@ -348,6 +361,11 @@ class Forward {
         entry.tokens.for_each([&](int t) { apply_up(tile, block, v++, u[t]); });
       }
     }
+  }
+
+  void prefetch_row(const T* row) const {
+    constexpr std::int64_t line = 64 / sizeof(T);
+    for (std::int64_t k = 0; k < size_.hidden; k += line) __builtin_prefetch(row + k, 0, 2);
   }
 
   void light_up(std::int64_t tile, std::int64_t block, const Entry& entry, int count) {
@@ -367,7 +385,7 @@ class Forward {
     values(work_.h, tile, block)[value] = narrow<T>(widen(g) * u);
   }
 
-  void finish_segment(std::int64_t tile, std::int64_t block) {
+  void sum_segment(std::int64_t tile, std::int64_t block) {
     Segment& s = segment(tile, block);
     const T* h = values(work_.h, tile, block);
     double sum = 0;
@@ -375,7 +393,7 @@ class Forward {
     s.l1 = sum;
   }
 
-  // ---- 3. gather
+  // ---- 4. gather
 
   void place_segments() {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
@@ -446,22 +464,28 @@ class Forward {
   // The light entries of a tile, turned from neuron by neuron to token by token.
   void list_light(std::int64_t tile) {
     std::int64_t* start = work_.light_start + tile * (size_.tile_tokens + 1);
-    std::int32_t* neurons = work_.light_neurons + tile * size_.light_capacity;
+    std::int32_t* neurons = work_.light_neurons + tile * size_.neurons;
+    std::int32_t* index = work_.light_index + tile * size_.light_capacity;
     T* weights = work_.light_h + tile * size_.light_capacity;
     std::fill_n(start, size_.tile_tokens + 1, 0);
+    std::int32_t light = 0;
     for_each_light(tile, [&](const Entry& entry, const T*) {
       entry.tokens.for_each([&](int t) { ++start[t + 1]; });
+      neurons[light++] = entry.neuron;
     });
+    work_.lists[tile].light = light;
     std::int64_t next[kMaxTileTokens];
     for (std::int64_t t = 0; t < size_.tile_tokens; ++t) {
       next[t] = start[t];
       start[t + 1] += start[t];
     }
+    light = 0;
     for_each_light(tile, [&](const Entry& entry, const T* h) {
       entry.tokens.for_each([&](int t) {
-        neurons[next[t]] = entry.neuron;
+        index[next[t]] = light;
         weights[next[t]++] = *h++;
       });
+      ++light;
     });
   }
 
@@ -476,7 +500,7 @@ class Forward {
     }
   }
 
-  // ---- 4. down
+  // ---- 5. down
 
   void down(std::int64_t tile, std::int64_t column) {
     const std::int64_t columns = std::min(kDownColumns, size_.hidden - column);
@@ -494,12 +518,23 @@ class Forward {
                         kDownColumns, true, nullptr);
     }
 
+    // Copied side by side: rows of D a power of two apart would share a few sets of the cache.
+    const std::int32_t* neurons = work_.light_neurons + tile * size_.neurons;
+    constexpr std::int64_t line = 64 / sizeof(T), ahead = 8;
+    for (std::int64_t i = 0; i < work_.lists[tile].light; ++i) {
+      if (i + ahead < work_.lists[tile].light) {
+        const T* later = down_ + neurons[i + ahead] * size_.hidden + column;
+        for (std::int64_t k = 0; k < columns; k += line) __builtin_prefetch(later + k);
+      }
+      std::memcpy(own.light_down + i * kDownColumns, down_ + neurons[i] * size_.hidden + column,
+                  static_cast<std::size_t>(columns) * sizeof(T));
+    }
     const std::int64_t* start = work_.light_start + tile * (size_.tile_tokens + 1);
-    const std::int32_t* neurons = work_.light_neurons + tile * size_.light_capacity;
+    const std::int32_t* index = work_.light_index + tile * size_.light_capacity;
     const T* weights = work_.light_h + tile * size_.light_capacity;
     T* y = y_ + (first_ + tile * size_.tile_tokens) * size_.hidden + column;
     for (std::int64_t t = 0; t < tokens; ++t) {
-      const Rows<T> rows{down_ + column, size_.hidden, neurons + start[t]};
+      const Rows<T> rows{own.light_down, kDownColumns, index + start[t]};
       kernels_.weighted_sum(rows, weights + start[t], start[t + 1] - start[t], columns,
                             own.y + t * kDownColumns);
       kernels_.round(own.y + t * kDownColumns, columns, y + t * size_.hidden);
