@@ -19,10 +19,7 @@ namespace {
 constexpr std::int64_t kTileRows = 16;
 constexpr std::int64_t kTileInner = 32;  // bf16 per tile row
 constexpr std::int64_t kBlockRows = 2 * kTileRows;
-#ifndef TWELL_AMX_DEPTH
-#define TWELL_AMX_DEPTH 512
-#endif
-constexpr std::int64_t kDepth = TWELL_AMX_DEPTH;  // inner elements per pass
+constexpr std::int64_t kDepth = 512;  // inner elements per pass
 constexpr std::int64_t kTileElements = kTileRows * kTileInner;
 
 struct alignas(64) TileConfig {

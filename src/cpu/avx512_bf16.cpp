@@ -334,10 +334,12 @@ void round(const float* in, std::int64_t count, bf16* out) {
 
 }  // namespace
 
-constinit const Kernels<bf16> avx512_bf16 = {pack_transposed, pack,      multiply, dots,
-                                             weighted_sum,    relu_pack, round};
-constinit const Kernels<bf16> amx_bf16 = {pack_transposed, pack,      amx_multiply, dots,
-                                          weighted_sum,    relu_pack, round};
+constinit const Kernels<bf16> avx512_bf16 = {
+    pack_transposed,          pack, multiply, dots, weighted_sum, relu_pack,
+    generic_all_finite<bf16>, round};
+constinit const Kernels<bf16> amx_bf16 = {
+    pack_transposed,          pack, amx_multiply, dots, weighted_sum, relu_pack,
+    generic_all_finite<bf16>, round};
 constinit const Kernels<float> avx512_float = generic_kernels<float>();
 constinit const Kernels<double> avx512_double = generic_kernels<double>();
 

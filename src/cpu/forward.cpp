@@ -15,7 +15,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -156,36 +155,6 @@ bf16 narrow(float value) {
 }
 
 template <class T>
-struct BitsOf;
-template <>
-struct BitsOf<bf16> {
-  using type = std::uint16_t;
-  static constexpr type kExponent = 0x7f80;
-};
-template <>
-struct BitsOf<float> {
-  using type = std::uint32_t;
-  static constexpr type kExponent = 0x7f800000;
-};
-template <>
-struct BitsOf<double> {
-  using type = std::uint64_t;
-  static constexpr type kExponent = 0x7ff0000000000000;
-};
-
-// By the exponent's bits: the compiler vectorises this, and no float sum has to be reordered.
-template <class T>
-bool all_finite(const T* row, std::int64_t count) {
-  using Bits = typename BitsOf<T>::type;
-  constexpr Bits exponent = BitsOf<T>::kExponent;
-  Bits bad = 0;
-  for (std::int64_t k = 0; k < count; ++k) {
-    bad |= static_cast<Bits>((std::bit_cast<Bits>(row[k]) & exponent) == exponent);
-  }
-  return bad == 0;
-}
-
-template <class T>
 class Forward {
  public:
   Forward(const FfnPlan& plan, const FfnForwardArgs& args)
@@ -284,7 +253,7 @@ class Forward {
   void mark_forced(std::int64_t tile) {
     TokenMask forced = {};
     for (std::int64_t t = 0; t < tile_size(tile); ++t) {
-      if (!all_finite(chunk_x()[tile * size_.tile_tokens + t], size_.hidden)) {
+      if (!kernels_.all_finite(chunk_x()[tile * size_.tile_tokens + t], size_.hidden)) {
         forced.word[t / 64] |= std::uint64_t{1} << t % 64;
       }
     }

@@ -105,6 +105,9 @@ struct Kernels {
   // `forced`; their g go to `values`, ascending. Returns their number.
   int (*relu_pack)(const Acc<T>* c, int tokens, TokenMask forced, TokenMask* mask, T* values);
 
+  // Whether none of `count` values is NaN or infinite.
+  bool (*all_finite)(const T* values, std::int64_t count);
+
   // out[i] = T(in[i]).
   void (*round)(const Acc<T>* in, std::int64_t count, T* out);
 };
