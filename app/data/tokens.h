@@ -21,6 +21,7 @@ class TokenStream {
   explicit TokenStream(int64_t id_limit = 1);
 
   void append(const std::vector<int64_t>& ids);  // throws Error for ids outside [0, id_limit)
+  void truncate(int64_t size);                   // keeps the first `size` ids, which must be there
   int64_t size() const { return wide_ ? int64_t(words_.size()) : int64_t(halves_.size()); }
   int64_t operator[](int64_t i) const { return wide_ ? int64_t{words_[i]} : int64_t{halves_[i]}; }
 
@@ -42,11 +43,11 @@ struct Corpus {
   TextReport report;
 };
 
-// Reads `paths`, splits by is_heldout and tokenizes without the post-processor's special tokens;
-// `separator` is the id that ends each document (eos). If `heldout_fraction` is above 0 but one of
-// the parts gets no document (few documents), the last such fraction of all tokens is held out
-// instead. `progress`, if set, is called now and then
-// with the bytes read so far.
+// Reads `paths`, splits by is_heldout and tokenizes. Each document gets the special tokens of the
+// tokenizer's post-processor (a leading bos, say) and ends with one `separator` (eos). If
+// `heldout_fraction` is above 0 but one of the parts gets no document (there are few), the last
+// such fraction of all tokens is held out instead. `progress`, if set, is called now and then with
+// the bytes read so far.
 Corpus tokenize_corpus(const std::vector<std::filesystem::path>& paths, const Tokenizer& tokenizer,
                        int64_t separator, double heldout_fraction, const TextOptions& options = {},
                        const std::function<void(uint64_t bytes)>& progress = {});

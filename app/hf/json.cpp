@@ -101,6 +101,8 @@ json parse_json(std::string_view text, const std::string& name, size_t max_depth
   return builder.take();
 }
 
+std::string JsonView::place() const { return path_.empty() ? file_ : file_ + ": " + quote(path_); }
+
 const json& JsonView::object() const {
   if (!value_->is_object()) refuse("an object");
   return *value_;
@@ -173,8 +175,6 @@ void JsonView::refuse(const std::string& permitted) const {
   fail("is " + describe(*value_) + ", but must be " + permitted);
 }
 
-void JsonView::fail(const std::string& problem) const {
-  throw Error(file_ + (path_.empty() ? " " : ": " + quote(path_) + " ") + problem);
-}
+void JsonView::fail(const std::string& problem) const { throw Error(place() + " " + problem); }
 
 }  // namespace twell::app

@@ -21,6 +21,7 @@ class JsonView {
   JsonView(const nlohmann::json& value, std::string file) : JsonView(value, std::move(file), "") {}
 
   const nlohmann::json& value() const { return *value_; }
+  std::string place() const;  // `config.json: "hidden_size"`
 
   bool has(const std::string& key) const;             // present and not null
   JsonView operator[](const std::string& key) const;  // the member, which must be present

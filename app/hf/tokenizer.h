@@ -33,6 +33,7 @@ class Tokenizer {
   // The largest id plus one: what an embedding table needs at least.
   int64_t id_limit() const;
   std::optional<int64_t> token_to_id(std::string_view token) const;
+  // The token as decode() sees it: an added token that NFC changes comes out changed.
   std::optional<std::string> id_to_token(int64_t id) const;
 
   // The tokenizer.json it was read from, byte for byte, to be stored beside a checkpoint.

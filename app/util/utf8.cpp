@@ -1,6 +1,5 @@
 #include "app/util/utf8.h"
 
-#include <cstdint>
 #include <cstring>
 
 namespace twell::app {
@@ -34,6 +33,16 @@ size_t utf8_length(std::string_view text) {
   if (text.empty()) return 0;
   const Prefix prefix = scan(text);
   return prefix.whole ? prefix.length : 0;
+}
+
+uint32_t utf8_code_point(std::string_view text) {
+  const size_t length = utf8_length(text);
+  const auto lead = static_cast<unsigned char>(text[0]);
+  uint32_t value = length == 1 ? lead : lead & (0x7fu >> length);
+  for (size_t i = 1; i < length; ++i) {
+    value = value << 6 | (static_cast<unsigned char>(text[i]) & 0x3fu);
+  }
+  return value;
 }
 
 std::optional<size_t> find_invalid_utf8(std::string_view text) {
