@@ -19,6 +19,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "cpu/backward_workspace.h"
@@ -159,7 +160,7 @@ class Backward {
     TokenMask forced = {};
     for (std::int64_t t = 0; t < tile_size(tile); ++t) {
       const T* dy = chunk_rows(dy_)[tile * size_.tile_tokens + t];
-      if (!all_finite(dy, size_.hidden) || !all_finite(&grad_l1_, 1)) {
+      if (!kernels_.all_finite(dy, size_.hidden) || !std::isfinite(grad_l1_)) {
         forced.word[t / 64] |= std::uint64_t{1} << t % 64;
       }
     }

@@ -21,6 +21,7 @@
 #include "cpu/ffn.h"
 #include "cpu/kernels.h"
 #include "cpu/saved.h"
+#include "cpu/scalar.h"
 
 namespace twell::cpu {
 namespace {
@@ -136,23 +137,6 @@ struct Workspace {
     return w;
   }
 };
-
-template <class T>
-Acc<T> widen(T value) {
-  return value;
-}
-template <>
-float widen(bf16 value) {
-  return to_float(value);
-}
-template <class T>
-T narrow(Acc<T> value) {
-  return value;
-}
-template <>
-bf16 narrow(float value) {
-  return to_bf16(value);
-}
 
 template <class T>
 class Forward {
