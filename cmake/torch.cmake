@@ -11,7 +11,9 @@ if(NOT TWELL_TORCH STREQUAL "OFF")
     target_include_directories(twell_libtorch SYSTEM INTERFACE
       ${TWELL_TORCH_DIR}/include ${TWELL_TORCH_DIR}/include/torch/csrc/api/include)
     target_link_directories(twell_libtorch INTERFACE ${TWELL_TORCH_DIR}/lib)
-    target_link_libraries(twell_libtorch INTERFACE torch torch_cpu c10)
+    # libtorch exports an old std::filesystem of its own, which crashes callers built with a newer
+    # compiler: the system's library must come first.
+    target_link_libraries(twell_libtorch INTERFACE stdc++ torch torch_cpu c10)
     target_link_options(twell_libtorch INTERFACE -Wl,-rpath,${TWELL_TORCH_DIR}/lib)
   elseif(TWELL_TORCH STREQUAL "ON")
     message(FATAL_ERROR "TWELL_TORCH=ON, but ${TWELL_PYTHON} has no torch package")
