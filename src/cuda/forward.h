@@ -1,0 +1,110 @@
+#pragma once
+// The forward's intermediates and kernels. Tokens are cut into tiles of 128, each of two halves
+// of 64; neurons into blocks of 256. All of it lies in the caller's workspace.
+//
+// A *column* is one neuron's values for the 64 tokens of a half: 32 words of two bf16, word
+// 8 w + r holding tokens 16 w + r (low) and 16 w + r + 8 (high), the order in which the tensor
+// cores' accumulators hold them. Columns of neurons that no token of the half uses are not
+// stored.
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "twell/status.h"
+
+namespace twell::cuda {
+
+inline constexpr int kTileTokens = 128;
+inline constexpr int kHalfTokens = 64;
+inline constexpr int kBlockNeurons = 256;
+inline constexpr int kMaskWords = kBlockNeurons / 32;
+inline constexpr int kColumnWords = kHalfTokens / 2;
+inline constexpr int kUnionStep = 64;   // lists are padded to a multiple of this
+inline constexpr int kUnionItem = 256;  // union positions of one piece of up work
+inline constexpr int kMaxChunkTiles = 1024;
+
+// A neuron of a tile's union and where its two columns are.
+struct UnionEntry {
+  std::uint32_t neuron;   // bits 0-15; bit 16 + h is set if half h uses it (none: padding)
+  std::uint32_t sources;  // half h's column in bits 16 h to 16 h + 15, within the half's region
+
+  __host__ __device__ std::uint32_t row() const { return neuron & 0xffffu; }
+  __host__ __device__ bool in_half(int half) const { return (neuron >> (16 + half)) & 1u; }
+  __host__ __device__ bool in_use() const { return neuron >> 16; }
+  __host__ __device__ std::uint32_t source(int half) const {
+    return (sources >> (16 * half)) & 0xffffu;
+  }
+};
+
+// One piece of up work: positions [256 first, 256 first + 64 (steps + 1)) of a tile's union.
+struct UnionItem {
+  std::uint16_t tile;
+  std::uint8_t first;
+  std::uint8_t steps;
+};
+
+struct Schedule {
+  std::int32_t item_count;
+  std::uint32_t finished;  // tiles whose lists are written
+  UnionItem items[1];      // [item_count], longest first
+};
+
+// What the kernels of one chunk of tokens share.
+struct ForwardChunk {
+  int tokens;    // rows of x in this chunk
+  int tiles;     // ceil(tokens / 128)
+  int hidden;    // K
+  int neurons;   // N
+  int blocks;    // ceil(N / 256)
+  int capacity;  // N rounded up to a multiple of 64
+
+  std::uint32_t* masks;    // [2 tiles, blocks, 8]: bit j of word w: column 8 j + w of the block
+  std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: block b's n-th used column at 256 b + n
+  UnionEntry* unions;      // [tiles, capacity]
+  std::int32_t* counts;    // [tiles]: union neurons
+  std::uint32_t* h;        // [2 tiles, capacity, 32]: columns of h by union position
+  std::int32_t* order;     // [tiles]: tiles by falling count
+  Schedule* schedule;
+};
+
+struct ForwardWeights {
+  const void* gate;
+  const void* up;
+  const void* down;
+};
+
+struct ForwardStats {
+  std::int32_t* activity;  // [neurons], accumulated
+  float* partial_l1;       // [tiles]: Σ |h| of each tile
+};
+
+// masks, columns ← relu(x Wᵀ), and resets the schedule. x_map: boxes of 128 x 64; weight_map too.
+Status launch_gate(const ForwardChunk& chunk, const CUtensorMap& x_map,
+                   const CUtensorMap& weight_map, int first_token, int multiprocessors,
+                   cudaStream_t stream);
+
+// unions, counts, order, schedule ← masks.
+Status launch_unions(const ForwardChunk& chunk, cudaStream_t stream);
+
+// h ← columns ⊙ (x Uᵀ) over the unions.
+Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const void* up,
+                 int first_token, int multiprocessors, cudaStream_t stream);
+
+// h ← columns, by union position (the plain block).
+Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
+
+// y ← h D. h_map: the rows of h, boxes of 64 x 64.
+Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const void* down, void* y,
+                   int multiprocessors, cudaStream_t stream);
+
+// activity, partial_l1 ← columns, h.
+Status launch_stats(const ForwardChunk& chunk, const ForwardStats& stats, cudaStream_t stream);
+
+// l0 ← Σ activity, l1 ← Σ partial_l1, in a fixed order; null where not wanted.
+Status launch_stats_total(const std::int32_t* activity, int neurons, const float* partial_l1,
+                          std::int64_t tiles, std::int64_t* l0, float* l1, cudaStream_t stream);
+
+}  // namespace twell::cuda

@@ -1,0 +1,30 @@
+#pragma once
+// Packed bf16 conversions.
+
+#include <cstdint>
+
+namespace twell::cuda::ptx {
+
+// Two float32 to bf16, to nearest even: `low` in bits 0-15, `high` in bits 16-31.
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+  std::uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// As pack, negative values becoming 0; NaN stays NaN.
+__device__ __forceinline__ std::uint32_t pack_relu(float low, float high) {
+  std::uint32_t packed;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+__device__ __forceinline__ float low_half(std::uint32_t packed) {
+  return __uint_as_float(packed << 16);
+}
+
+__device__ __forceinline__ float high_half(std::uint32_t packed) {
+  return __uint_as_float(packed & 0xffff0000u);
+}
+
+}  // namespace twell::cuda::ptx

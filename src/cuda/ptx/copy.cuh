@@ -1,0 +1,57 @@
+#pragma once
+// Copies from global to shared memory: 16-byte cp.async, and tiles by the tensor memory
+// accelerator (TMA).
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/barrier.cuh"
+
+namespace twell::cuda::ptx {
+
+// 16 bytes through L2 only; zeros if `valid` is false (then nothing is read).
+__device__ __forceinline__ void copy_async_16(std::uint32_t shared, const void* global,
+                                              bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `kPending` of this thread's groups are in flight.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void tma_prefetch_descriptor(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Loads the box at (inner, outer) of a two-dimensional tensor; elements outside are zeros.
+__device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map,
+                                         std::uint64_t* barrier, int inner, int outer) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(outer)
+      : "memory");
+}
+
+// As tma_load, to the same offset in every CTA of the cluster whose bit is set in `ctas`; each
+// CTA's own barrier counts the bytes.
+__device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorMap* map,
+                                                   std::uint64_t* barrier, int inner, int outer,
+                                                   std::uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(outer), "h"(ctas)
+      : "memory");
+}
+
+}  // namespace twell::cuda::ptx

@@ -1,0 +1,195 @@
+// The down projection over the unions of a chunk on Hopper: y = h D for 128 tokens and 256
+// outputs at a time, summed over the tile's union. A producer warpgroup gathers the rows of D;
+// h arrives by TMA, tokens contiguous; two consumer warpgroups own a half tile each.
+
+#include <cuda_bf16.h>
+
+#include "cuda/check.h"
+#include "cuda/forward.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/pipeline.cuh"
+
+namespace twell::cuda {
+namespace {
+
+struct Config {
+  static constexpr int kStages = 4;
+  static constexpr int kConsumers = 2;
+  static constexpr int kProducers = 128;
+  static constexpr int kThreads = kProducers + 128 * kConsumers;
+  static constexpr int kOutputs = 256;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
+};
+
+struct alignas(1024) Shared {
+  __nv_bfloat16 h[Config::kStages][Config::kConsumers][kUnionStep * kHalfTokens];
+  __nv_bfloat16 down[Config::kStages][kUnionStep * Config::kOutputs];
+  std::uint64_t full[Config::kStages];
+  std::uint64_t empty[Config::kStages];
+};
+
+struct Piece {
+  int tile;
+  int column;  // first of the 256 outputs
+  int steps;
+
+  __device__ Piece(const ForwardChunk& chunk, int item, int strips)
+      : tile(chunk.order[item / strips]),
+        column(item % strips * Config::kOutputs),
+        steps(ceil_div(chunk.counts[tile], kUnionStep)) {}
+};
+
+__device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
+                                        const CUtensorMap& h_map, const __nv_bfloat16* down,
+                                        int strips) {
+  constexpr int kRows = Config::kProducers / 32;      // one warp, one row of 512 bytes
+  constexpr int kGroups = kUnionStep / kRows;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t target = ptx::shared_address(shared.down) + lane / 8 * (kUnionStep * 128);
+  Ring<Config::kStages> ring;
+  LaggedArrival<Config::kStages> arrival;
+#pragma unroll 1
+  for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
+    const Piece piece(chunk, item, strips);
+    const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(piece.tile) *
+                                                   chunk.capacity + warp + lane % kGroups * kRows;
+    const int column = piece.column + lane * 8;
+    const bool inside = column < chunk.hidden;
+    const __nv_bfloat16* source = down + (inside ? column : 0);
+    const int h_row = 2 * piece.tile * chunk.capacity;
+    UnionEntry next = piece.steps > 0 ? entries[0] : UnionEntry{};
+#pragma unroll 1
+    for (int step = 0; step < piece.steps; ++step, ring.advance()) {
+      const UnionEntry mine = next;
+      if (step + 1 < piece.steps) next = entries[(step + 1) * kUnionStep];
+      const int stage = ring.stage;
+      ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
+      if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&shared.full[stage], sizeof(shared.h[0]));
+        for (int half = 0; half < Config::kConsumers; ++half) {
+          ptx::tma_load(shared.h[stage][half], &h_map, &shared.full[stage], 0,
+                        h_row + half * chunk.capacity + step * kUnionStep);
+        }
+      }
+      const std::uint32_t stage_target = target + stage * sizeof(shared.down[0]);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const int row = warp + group * kRows;
+        const std::uint32_t packed = __shfl_sync(~0u, mine.neuron, group);
+        const bool valid = inside && UnionEntry{packed, 0}.in_use();
+        ptx::copy_async_16(
+            stage_target + row * 128 + (((lane % 8) ^ (row % 8)) * 16),
+            source + static_cast<std::size_t>(UnionEntry{packed, 0}.row()) * chunk.hidden, valid);
+      }
+      arrival.step(shared.full, stage);
+    }
+  }
+  arrival.drain(shared.full);
+}
+
+// Lane q of each group of 4 holds the q-th word of four 16-byte rows; afterwards it holds row q.
+__device__ __forceinline__ uint4 transpose_in_quad(uint4 words, int quad) {
+  const bool odd = quad & 1;
+  std::uint32_t a = __shfl_xor_sync(~0u, odd ? words.x : words.y, 1);
+  std::uint32_t b = __shfl_xor_sync(~0u, odd ? words.z : words.w, 1);
+  if (odd) {
+    words.x = a;
+    words.z = b;
+  } else {
+    words.y = a;
+    words.w = b;
+  }
+  const bool upper = quad & 2;
+  a = __shfl_xor_sync(~0u, upper ? words.x : words.z, 2);
+  b = __shfl_xor_sync(~0u, upper ? words.y : words.w, 2);
+  if (upper) {
+    words.x = a;
+    words.y = b;
+  } else {
+    words.z = a;
+    words.w = b;
+  }
+  return words;
+}
+
+__device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk,
+                                        __nv_bfloat16* y, int strips, int consumer) {
+  const int warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32;
+  const int quad = lane % 4;
+  float acc[Config::kOutputs / 2];
+  Ring<Config::kStages> ring;
+#pragma unroll 1
+  for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
+    const Piece piece(chunk, item, strips);
+    multiply<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter>(
+        acc, ring, piece.steps, shared.full,
+        [&](int stage) { return shared.h[stage][consumer]; },
+        [&](int stage) { return shared.down[stage]; },
+        [&](int stage) {
+          if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+        });
+
+    // Row l of a warp's 16 is token l / 2 + 8 (l % 2): see the columns in forward.h.
+    const int row = lane / 4;
+    const int token = piece.tile * kTileTokens + consumer * kHalfTokens + warp * 16 + row / 2 +
+                      row % 2 * 8;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      __nv_bfloat16* out = y + static_cast<std::size_t>(token + 4 * s) * chunk.hidden;
+#pragma unroll
+      for (int j = 0; j < Config::kOutputs / 8; j += 4) {
+        const float* v = acc + 4 * j + 2 * s;
+        const uint4 words =
+            transpose_in_quad(make_uint4(ptx::pack(v[0], v[1]), ptx::pack(v[4], v[5]),
+                                         ptx::pack(v[8], v[9]), ptx::pack(v[12], v[13])),
+                              quad);
+        const int column = piece.column + 8 * (j + quad);
+        if (token + 4 * s < chunk.tokens && column < chunk.hidden) {
+          *reinterpret_cast<uint4*>(out + column) = words;
+        }
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    down_kernel(const ForwardChunk chunk, const __grid_constant__ CUtensorMap h_map,
+                const __nv_bfloat16* __restrict__ down, __nv_bfloat16* __restrict__ y) {
+  extern __shared__ std::uint8_t raw[];
+  Shared& shared = aligned_shared<Shared>(raw);
+  const int strips = ceil_div(chunk.hidden, Config::kOutputs);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(&shared.full[stage], Config::kProducers + 1);
+      ptx::mbarrier_init(&shared.empty[stage], Config::kConsumers * 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    ptx::register_decrease<Config::kProducerRegisters>();
+    produce(shared, chunk, h_map, down, strips);
+  } else {
+    ptx::register_increase<Config::kConsumerRegisters>();
+    consume(shared, chunk, y, strips, warpgroup - 1);
+  }
+}
+
+}  // namespace
+
+Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const void* down, void* y,
+                   int multiprocessors, cudaStream_t stream) {
+  const int items = chunk.tiles * ceil_div(chunk.hidden, Config::kOutputs);
+  return launch(down_kernel, std::min(items, multiprocessors), Config::kThreads,
+                sizeof(Shared) + alignof(Shared), stream, chunk, h_map,
+                static_cast<const __nv_bfloat16*>(down), static_cast<__nv_bfloat16*>(y));
+}
+
+}  // namespace twell::cuda

@@ -1,0 +1,225 @@
+// The gate projection of a chunk on Hopper: a persistent, warp-specialised GEMM of 128 x 256
+// tiles whose epilogue keeps only the columns that some token of a half tile uses. Each of the
+// two consumer warpgroups owns one half (64 tokens) and never waits for the other, so that the
+// epilogue of one runs under the products of the other.
+
+#include <cuda_bf16.h>
+
+#include "cuda/check.h"
+#include "cuda/forward.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/pipeline.cuh"
+
+namespace twell::cuda {
+namespace {
+
+struct Config {
+  static constexpr int kStages = 4;
+  static constexpr int kCluster = 2;  // two token tiles share each block of neurons
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kBand = 8;  // clusters down the tokens before the next neuron block
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kStageBytes = (kTileTokens + kBlockNeurons) * kTileHidden * 2;
+};
+
+struct alignas(1024) Shared {
+  __nv_bfloat16 x[Config::kStages][kTileTokens * kTileHidden];
+  __nv_bfloat16 weight[Config::kStages][kBlockNeurons * kTileHidden];
+  std::uint64_t full[Config::kStages];
+  std::uint64_t empty[Config::kStages];
+  // [turn, half, warp]: the columns that the warp's 16 tokens use
+  alignas(16) std::uint32_t masks[2][Config::kConsumers][4][kMaskWords];
+};
+
+// The piece of work `item` of a cluster: a pair of token tiles and a block of neurons. Bands of
+// pairs go over all blocks in turn, so that both operands are read again from L2.
+struct Piece {
+  int pair;
+  int block;
+
+  __device__ Piece(int item, int pairs, int blocks) {
+    const int band = item / (Config::kBand * blocks);
+    const int height = min(Config::kBand, pairs - band * Config::kBand);
+    const int rest = item - band * Config::kBand * blocks;
+    block = rest / height;
+    pair = band * Config::kBand + rest - block * height;
+  }
+};
+
+// Positive, or not finite: a row of x with a NaN or an infinity makes every sum of its row
+// non-finite, and must reach the later products.
+__device__ __forceinline__ std::uint32_t is_active(float value) {
+  const int bits = __float_as_int(value);
+  return (bits != 0) & (bits >= static_cast<int>(0xff800000u));
+}
+
+__device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
+                                        const CUtensorMap& x_map, const CUtensorMap& weight_map,
+                                        int first_token, int clusters) {
+  const int rank = static_cast<int>(ptx::cluster_cta_rank());
+  const int pairs = (chunk.tiles + 1) / 2;
+  const int steps = ceil_div(chunk.hidden, kTileHidden);
+  constexpr int kShare = kBlockNeurons / Config::kCluster;
+  Ring<Config::kStages> ring;
+#pragma unroll 1
+  for (int item = blockIdx.x / Config::kCluster; item < pairs * chunk.blocks; item += clusters) {
+    const Piece piece(item, pairs, chunk.blocks);
+    const int token = first_token + (piece.pair * Config::kCluster + rank) * kTileTokens;
+    const int neuron = piece.block * kBlockNeurons + rank * kShare;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, ring.advance()) {
+      const int stage = ring.stage;
+      ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect(&shared.full[stage], Config::kStageBytes);
+      ptx::tma_load(shared.x[stage], &x_map, &shared.full[stage], step * kTileHidden, token);
+      ptx::tma_load_multicast(shared.weight[stage] + rank * kShare * kTileHidden, &weight_map,
+                              &shared.full[stage], step * kTileHidden, neuron,
+                              (1 << Config::kCluster) - 1);
+    }
+  }
+}
+
+// Stores the columns of this warpgroup's half that any of its tokens uses.
+__device__ __forceinline__ void store_columns(const float (&acc)[kBlockNeurons / 2],
+                                              std::uint32_t (&warp_masks)[4][kMaskWords],
+                                              const ForwardChunk& chunk, int half_tile, int block,
+                                              int consumer) {
+  const int warp = threadIdx.x / 32 % 4;
+  const int row = threadIdx.x % 32 / 4;
+  const int quad = threadIdx.x % 4;
+
+  std::uint32_t used[2] = {0, 0};  // bit j: column 8 j + 2 quad + parity
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      used[parity] |= (is_active(acc[4 * j + parity]) | is_active(acc[4 * j + 2 + parity])) << j;
+    }
+  }
+  const int groups = (chunk.neurons - block * kBlockNeurons) / 8;
+  const std::uint32_t exists = groups >= 32 ? ~0u : (1u << groups) - 1;
+#pragma unroll
+  for (int parity = 0; parity < 2; ++parity) {
+    used[parity] &= exists;
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      used[parity] |= __shfl_xor_sync(~0u, used[parity], lanes);
+    }
+  }
+  if (row == 0) {
+    *reinterpret_cast<uint2*>(&warp_masks[warp][2 * quad]) = make_uint2(used[0], used[1]);
+  }
+  ptx::named_barrier_sync(1 + consumer, 128);
+
+  std::uint32_t any = 0;
+  int rank[2] = {0, 0};
+  std::uint32_t words[kMaskWords];
+#pragma unroll
+  for (int w = 0; w < kMaskWords; ++w) {
+    words[w] = warp_masks[0][w] | warp_masks[1][w] | warp_masks[2][w] | warp_masks[3][w];
+    any |= words[w];
+    if (w < 2 * quad) rank[0] += __popc(words[w]);
+  }
+  used[0] = used[1] = 0;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const uint2 mine = *reinterpret_cast<const uint2*>(&warp_masks[w][2 * quad]);
+    used[0] |= mine.x;
+    used[1] |= mine.y;
+  }
+  rank[1] = rank[0] + __popc(used[0]);
+  if (half_tile >= 2 * chunk.tiles) return;
+
+  if (threadIdx.x % 128 == 0) {
+    auto* out = reinterpret_cast<uint4*>(
+        chunk.masks + (static_cast<std::size_t>(half_tile) * chunk.blocks + block) * kMaskWords);
+    out[0] = make_uint4(words[0], words[1], words[2], words[3]);
+    out[1] = make_uint4(words[4], words[5], words[6], words[7]);
+  }
+  std::uint32_t* base =
+      chunk.columns +
+      (static_cast<std::size_t>(half_tile) * chunk.blocks + block) * kBlockNeurons * kColumnWords +
+      warp * 8 + row;
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+    if (!((any >> j) & 1u)) continue;
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      if ((used[parity] >> j) & 1u) {
+        base[rank[parity]++ * kColumnWords] =
+            ptx::pack_relu(acc[4 * j + parity], acc[4 * j + 2 + parity]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk, int consumer,
+                                        int clusters) {
+  const int rank = static_cast<int>(ptx::cluster_cta_rank());
+  const int lane = threadIdx.x % 32;
+  const int pairs = (chunk.tiles + 1) / 2;
+  const int steps = ceil_div(chunk.hidden, kTileHidden);
+  float acc[kBlockNeurons / 2];
+  Ring<Config::kStages> ring;
+  int turn = 0;
+#pragma unroll 1
+  for (int item = blockIdx.x / Config::kCluster; item < pairs * chunk.blocks;
+       item += clusters, turn ^= 1) {
+    const Piece piece(item, pairs, chunk.blocks);
+    multiply<kBlockNeurons, ptx::Major::kInner, ptx::Major::kInner>(
+        acc, ring, steps, shared.full,
+        [&](int stage) { return shared.x[stage] + consumer * kHalfTokens * kTileHidden; },
+        [&](int stage) { return shared.weight[stage]; },
+        [&](int stage) {
+          if (lane < Config::kCluster) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);
+        });
+    const int tile = piece.pair * Config::kCluster + rank;
+    store_columns(acc, shared.masks[turn][consumer], chunk, 2 * tile + consumer, piece.block,
+                  consumer);
+  }
+}
+
+__global__ void __cluster_dims__(Config::kCluster) __launch_bounds__(Config::kThreads, 1)
+    gate_kernel(const ForwardChunk chunk, const __grid_constant__ CUtensorMap x_map,
+                const __grid_constant__ CUtensorMap weight_map, int first_token) {
+  extern __shared__ std::uint8_t raw[];
+  Shared& shared = aligned_shared<Shared>(raw);
+  const int clusters = gridDim.x / Config::kCluster;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(&shared.full[stage], 1);
+      ptx::mbarrier_init(&shared.empty[stage], Config::kCluster * Config::kConsumers * 4);
+    }
+    ptx::fence_mbarrier_init();
+    if (blockIdx.x == 0) chunk.schedule->finished = 0;
+  }
+  ptx::cluster_sync();
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    ptx::register_decrease<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) produce(shared, chunk, x_map, weight_map, first_token, clusters);
+  } else {
+    ptx::register_increase<Config::kConsumerRegisters>();
+    consume(shared, chunk, warpgroup - 1, clusters);
+  }
+  __syncwarp();
+  ptx::cluster_sync();  // the other CTA may still write to, or arrive at, this one's memory
+}
+
+}  // namespace
+
+Status launch_gate(const ForwardChunk& chunk, const CUtensorMap& x_map,
+                   const CUtensorMap& weight_map, int first_token, int multiprocessors,
+                   cudaStream_t stream) {
+  const int items = ceil_div(chunk.tiles, 2) * chunk.blocks;
+  const int clusters = std::min(items, multiprocessors / Config::kCluster);
+  return launch(gate_kernel, clusters * Config::kCluster, Config::kThreads,
+                sizeof(Shared) + alignof(Shared), stream, chunk, x_map, weight_map, first_token);
+}
+
+}  // namespace twell::cuda

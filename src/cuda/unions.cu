@@ -1,0 +1,147 @@
+// From the column masks of a chunk to the union of each token tile, and the order of the work
+// over them. One CTA per tile; the last to finish makes the schedule.
+
+#include "cuda/check.h"
+#include "cuda/forward.h"
+
+namespace twell::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kStepCounts = kUnionItem / kUnionStep;
+
+// The sum of `value` over the threads before this one; `total` receives that over all. All
+// threads call; `scratch` may be reused after the next call with the other scratch.
+__device__ __forceinline__ int exclusive_sum(int value, int (&scratch)[kWarps], int& total) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  int sum = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += scratch[w];
+    total += scratch[w];
+  }
+  return before + sum - value;
+}
+
+// The sum of `value` over the threads before this one in its group of 8: one block's words.
+__device__ __forceinline__ int sum_in_block(int value) {
+  int sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kMaskWords; distance *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, distance, kMaskWords);
+    if (threadIdx.x % kMaskWords >= static_cast<unsigned>(distance)) sum += other;
+  }
+  return sum - value;
+}
+
+__device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile) {
+  __shared__ int scratch[2][kWarps];
+  const int words = chunk.blocks * kMaskWords;
+  const std::uint32_t* masks = chunk.masks + static_cast<std::size_t>(2 * tile) * words;
+  UnionEntry* out = chunk.unions + static_cast<std::size_t>(tile) * chunk.capacity;
+  int count = 0;
+  int turn = 0;
+  for (int first = 0; first < words; first += kThreads, turn ^= 1) {
+    const int word = first + static_cast<int>(threadIdx.x);
+    std::uint32_t used[2] = {0, 0};
+    if (word < words) {
+      used[0] = masks[word];
+      used[1] = masks[words + word];
+    }
+    const int block = word / kMaskWords;
+    const int source[2] = {block * kBlockNeurons + sum_in_block(__popc(used[0])),
+                           block * kBlockNeurons + sum_in_block(__popc(used[1]))};
+    int total;
+    int position = count + exclusive_sum(__popc(used[0] | used[1]), scratch[turn], total);
+    for (std::uint32_t rest = used[0] | used[1]; rest != 0; rest &= rest - 1) {
+      const int bit = __ffs(rest) - 1;
+      const std::uint32_t below = (1u << bit) - 1;
+      UnionEntry entry;
+      entry.neuron = block * kBlockNeurons + 8 * bit + word % kMaskWords;
+      entry.sources = 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if ((used[half] >> bit) & 1u) {
+          entry.neuron |= 1u << (16 + half);
+          entry.sources |= (source[half] + __popc(used[half] & below)) << (16 * half);
+        }
+      }
+      out[position++] = entry;
+    }
+    count += total;
+  }
+  const int padded = ceil_div(count, kUnionStep) * kUnionStep;
+  if (count + static_cast<int>(threadIdx.x) < padded) out[count + threadIdx.x] = UnionEntry{0, 0};
+  if (threadIdx.x == 0) chunk.counts[tile] = count;
+}
+
+// Items longest first, and tiles by falling count; ties by index, so that it is deterministic.
+__device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
+  __shared__ int counts[kMaxChunkTiles];
+  __shared__ int scratch[2][kWarps];
+  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
+    counts[tile] = __ldcg(&chunk.counts[tile]);
+  }
+  __syncthreads();
+
+  int items = 0;
+  int turn = 0;
+  for (int steps = kStepCounts; steps > 0; --steps) {
+    for (int first = 0; first < chunk.tiles; first += kThreads, turn ^= 1) {
+      const int tile = first + static_cast<int>(threadIdx.x);
+      const int all = tile < chunk.tiles ? ceil_div(counts[tile], kUnionStep) : 0;
+      const int whole = all / kStepCounts;
+      const bool has_rest = steps < kStepCounts && all % kStepCounts == steps;
+      const int mine = steps == kStepCounts ? whole : has_rest;
+      int total;
+      int at = items + exclusive_sum(mine, scratch[turn], total);
+      for (int i = 0; i < mine; ++i) {
+        chunk.schedule->items[at + i] = {static_cast<std::uint16_t>(tile),
+                                         static_cast<std::uint8_t>(has_rest ? whole : i),
+                                         static_cast<std::uint8_t>(steps - 1)};
+      }
+      items += total;
+    }
+  }
+  if (threadIdx.x == 0) chunk.schedule->item_count = items;
+
+  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
+    int rank = 0;
+    for (int other = 0; other < chunk.tiles; ++other) {
+      rank += counts[other] > counts[tile] || (counts[other] == counts[tile] && other < tile);
+    }
+    chunk.order[rank] = tile;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chunk) {
+  __shared__ bool last;
+  write_union(chunk, blockIdx.x);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(&chunk.schedule->finished, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (last) write_schedule(chunk);
+}
+
+}  // namespace
+
+Status launch_unions(const ForwardChunk& chunk, cudaStream_t stream) {
+  return launch(unions_kernel, chunk.tiles, kThreads, 0, stream, chunk);
+}
+
+}  // namespace twell::cuda
