@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cpu/ffn.h"
+#include "cuda/ffn.h"
 
 namespace twell {
 
@@ -83,7 +84,7 @@ Status ffn_forward(const FfnPlan& plan, const FfnForwardArgs& args) {
   if (!plan.training) check.require_null("saved", args.saved, "null unless plan.training");
   if (!check.status().ok()) return check.status();
   if (plan.device.type == DeviceType::kCpu) return cpu::forward(plan, args);
-  return {StatusCode::kUnsupported, "ffn_forward: this build of twell has no CUDA kernels"};
+  return cuda::forward(plan, args);
 }
 
 Status ffn_backward(const FfnPlan& plan, const FfnBackwardArgs& args) {

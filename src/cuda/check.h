@@ -10,11 +10,6 @@
 
 namespace twell::cuda {
 
-template <class T>
-__host__ __device__ constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
-
 inline Status check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
   return {StatusCode::kDevice, std::string(what) + ": " + cudaGetErrorString(error)};

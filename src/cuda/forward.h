@@ -13,18 +13,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/layout.h"
 #include "twell/status.h"
 
 namespace twell::cuda {
-
-inline constexpr int kTileTokens = 128;
-inline constexpr int kHalfTokens = 64;
-inline constexpr int kBlockNeurons = 256;
-inline constexpr int kMaskWords = kBlockNeurons / 32;
-inline constexpr int kColumnWords = kHalfTokens / 2;
-inline constexpr int kUnionStep = 64;   // lists are padded to a multiple of this
-inline constexpr int kUnionItem = 256;  // union positions of one piece of up work
-inline constexpr int kMaxChunkTiles = 1024;
 
 // A neuron of a tile's union and where its two columns are.
 struct UnionEntry {
@@ -45,6 +37,8 @@ struct UnionItem {
   std::uint8_t first;
   std::uint8_t steps;
 };
+
+static_assert(sizeof(UnionEntry) == 8 && sizeof(UnionItem) == 4);
 
 struct Schedule {
   std::int32_t item_count;
@@ -70,16 +64,7 @@ struct ForwardChunk {
   Schedule* schedule;
 };
 
-struct ForwardWeights {
-  const void* gate;
-  const void* up;
-  const void* down;
-};
-
-struct ForwardStats {
-  std::int32_t* activity;  // [neurons], accumulated
-  float* partial_l1;       // [tiles]: Σ |h| of each tile
-};
+static_assert(offsetof(Schedule, items) == 8);
 
 // masks, columns ← relu(x Wᵀ), and resets the schedule. x_map: boxes of 128 x 64; weight_map too.
 Status launch_gate(const ForwardChunk& chunk, const CUtensorMap& x_map,
@@ -100,8 +85,9 @@ Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
 Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const void* down, void* y,
                    int multiprocessors, cudaStream_t stream);
 
-// activity, partial_l1 ← columns, h.
-Status launch_stats(const ForwardChunk& chunk, const ForwardStats& stats, cudaStream_t stream);
+// activity [neurons] += active tokens; partial_l1 [tiles] ← Σ |h| of each tile.
+Status launch_stats(const ForwardChunk& chunk, std::int32_t* activity, float* partial_l1,
+                    cudaStream_t stream);
 
 // l0 ← Σ activity, l1 ← Σ partial_l1, in a fixed order; null where not wanted.
 Status launch_stats_total(const std::int32_t* activity, int neurons, const float* partial_l1,

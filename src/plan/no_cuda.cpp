@@ -1,6 +1,7 @@
 // What stands in for src/cuda in a build without it.
 #ifndef TWELL_HAVE_CUDA
 
+#include "cuda/ffn.h"
 #include "twell/device.h"
 
 namespace twell {
@@ -11,6 +12,13 @@ Result<Device> cuda_device(int ordinal) {
                                               "kernels");
 }
 
+namespace cuda {
+
+Status forward(const FfnPlan&, const FfnForwardArgs&) {
+  return {StatusCode::kUnsupported, "ffn_forward: this build of twell has no CUDA kernels"};
+}
+
+}  // namespace cuda
 }  // namespace twell
 
 #endif

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "plan/plan_cpu.h"
+#include "plan/plan_cuda.h"
 #include "twell/ffn.h"
 
 namespace twell {
@@ -46,7 +47,7 @@ Result<FfnPlan> plan_ffn(const FfnProblem& problem, const Device& device,
                          const PlanOptions& options) {
   if (Status status = check_problem(problem); !status.ok()) return status;
   if (device.type == DeviceType::kCpu) return plan::plan_cpu(problem, device, options);
-  return Status(StatusCode::kUnsupported, "plan_ffn: this build of twell has no CUDA kernels");
+  return plan::plan_cuda(problem, device, options);
 }
 
 std::string FfnPlan::to_string() const {

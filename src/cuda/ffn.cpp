@@ -1,0 +1,146 @@
+#include "cuda/ffn.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "cuda/check.h"
+#include "cuda/forward.h"
+#include "cuda/tensor_map.h"
+
+namespace twell::cuda {
+namespace {
+
+// What TMA and 16-byte copies need.
+Status require_aligned(const char* name, const void* pointer) {
+  const auto rest = reinterpret_cast<std::uintptr_t>(pointer) % 16;
+  if (rest == 0) return {};
+  return {StatusCode::kInvalidArgument, "ffn_forward: " + std::string(name) +
+                                            " is at an address of remainder " +
+                                            std::to_string(rest) +
+                                            " modulo 16; permitted: 16-byte aligned memory"};
+}
+
+Status check_call(const FfnPlan& plan, const FfnForwardArgs& args) {
+  const std::pair<const char*, const void*> pointers[] = {{"x", args.x},
+                                                          {"y", args.y},
+                                                          {"weights.gate", args.weights.gate},
+                                                          {"weights.up", args.weights.up},
+                                                          {"weights.down", args.weights.down}};
+  for (const auto& [name, pointer] : pointers) {
+    if (Status status = require_aligned(name, pointer); !status.ok()) return status;
+  }
+  int current = 0;
+  if (Status status = check(cudaGetDevice(&current), "cudaGetDevice"); !status.ok()) return status;
+  if (current != plan.device.ordinal) {
+    return {StatusCode::kInvalidArgument,
+            "ffn_forward: plan.device.ordinal is " + std::to_string(plan.device.ordinal) +
+                "; permitted: the current CUDA device, " + std::to_string(current)};
+  }
+  return {};
+}
+
+// The launches of one forward pass; the first error ends it.
+class Forward {
+ public:
+  Forward(const FfnPlan& plan, const FfnForwardArgs& args)
+      : problem_(plan.problem),
+        multiprocessors_(plan.device.multiprocessors),
+        args_(args),
+        layout_(plan),
+        stream_(static_cast<cudaStream_t>(args.stream)) {
+    ForwardChunk& c = chunk_;
+    c.hidden = static_cast<int>(problem_.hidden);
+    c.neurons = static_cast<int>(problem_.neurons);
+    c.blocks = static_cast<int>(layout_.blocks);
+    c.capacity = static_cast<int>(layout_.capacity);
+    c.masks = at<std::uint32_t>(layout_.masks);
+    c.columns = at<std::uint32_t>(layout_.columns);
+    c.unions = at<UnionEntry>(layout_.unions);
+    c.counts = at<std::int32_t>(layout_.counts);
+    c.h = at<std::uint32_t>(layout_.h);
+    c.order = at<std::int32_t>(layout_.order);
+    c.schedule = at<Schedule>(layout_.schedule);
+    if (wants_stats()) {
+      activity_ = args.stats.activity ? args.stats.activity : at<std::int32_t>(layout_.activity);
+      partial_l1_ = at<float>(layout_.partial_l1);
+    }
+  }
+
+  Status run() {
+    if (activity_) {
+      then(check(cudaMemsetAsync(activity_, 0, problem_.neurons * sizeof(*activity_), stream_),
+                 "cudaMemsetAsync"));
+    }
+    if (problem_.tokens > 0) run_chunks();
+    if (activity_) {
+      then(launch_stats_total(activity_, chunk_.neurons, partial_l1_,
+                              ceil_div<std::int64_t>(problem_.tokens, kTileTokens), args_.stats.l0,
+                              static_cast<float*>(args_.stats.l1), stream_));
+    }
+    return status_;
+  }
+
+ private:
+  bool wants_stats() const { return args_.stats.l0 || args_.stats.l1 || args_.stats.activity; }
+  bool gated() const { return problem_.kind == FfnKind::kGated; }
+
+  template <class T>
+  T* at(std::size_t offset) const {
+    return reinterpret_cast<T*>(static_cast<std::byte*>(args_.workspace) + offset);
+  }
+
+  void then(Status status) {
+    if (status_.ok()) status_ = std::move(status);
+  }
+
+  void run_chunks() {
+    CUtensorMap x_map, gate_map, h_map;
+    then(make_tensor_map(x_map, args_.x, problem_.tokens, problem_.hidden, kTileTokens));
+    then(make_tensor_map(gate_map, gated() ? args_.weights.gate : args_.weights.up,
+                         problem_.neurons, problem_.hidden, kBlockNeurons / 2));
+    then(make_tensor_map(h_map, chunk_.h, 2 * layout_.tiles * layout_.capacity, kHalfTokens,
+                         kUnionStep));
+    const std::int64_t step = layout_.tiles * kTileTokens;
+    for (std::int64_t first = 0; first < problem_.tokens && status_.ok(); first += step) {
+      chunk_.tokens = static_cast<int>(std::min(step, problem_.tokens - first));
+      chunk_.tiles = ceil_div(chunk_.tokens, kTileTokens);
+      run_chunk(static_cast<int>(first), x_map, gate_map, h_map);
+    }
+  }
+
+  void run_chunk(int first, const CUtensorMap& x_map, const CUtensorMap& gate_map,
+                 const CUtensorMap& h_map) {
+    then(launch_gate(chunk_, x_map, gate_map, first, multiprocessors_, stream_));
+    then(launch_unions(chunk_, stream_));
+    if (gated()) {
+      then(launch_up(chunk_, x_map, args_.weights.up, first, multiprocessors_, stream_));
+    } else {
+      then(launch_spread(chunk_, stream_));
+    }
+    auto* y = static_cast<std::uint16_t*>(args_.y) + static_cast<std::size_t>(first) * chunk_.hidden;
+    then(launch_down(chunk_, h_map, args_.weights.down, y, multiprocessors_, stream_));
+    if (activity_) {
+      then(launch_stats(chunk_, activity_, partial_l1_ + first / kTileTokens, stream_));
+    }
+  }
+
+  const FfnProblem problem_;
+  const int multiprocessors_;
+  const FfnForwardArgs& args_;
+  const ForwardLayout layout_;
+  const cudaStream_t stream_;
+  ForwardChunk chunk_ = {};
+  std::int32_t* activity_ = nullptr;  // null: no stats wanted
+  float* partial_l1_ = nullptr;
+  Status status_;
+};
+
+}  // namespace
+
+Status forward(const FfnPlan& plan, const FfnForwardArgs& args) {
+  if (Status status = check_call(plan, args); !status.ok()) return status;
+  return Forward(plan, args).run();
+}
+
+}  // namespace twell::cuda

@@ -1,0 +1,92 @@
+// Counts of a forward pass: active pairs, Σ |h|, active tokens of each neuron. Floating-point
+// sums run in a fixed order; only integers are added atomically.
+
+#include "cuda/check.h"
+#include "cuda/forward.h"
+#include "cuda/ptx/convert.cuh"
+
+namespace twell::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+  return value;
+}
+
+// The sum over the block, valid in thread 0.
+template <class T>
+__device__ __forceinline__ T block_sum(T value) {
+  __shared__ T sums[kWarps];
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  return warp_sum(threadIdx.x < kWarps ? sums[threadIdx.x] : T{});
+}
+
+// Positive or NaN: the values that keep a neuron active.
+__device__ __forceinline__ int count_active(std::uint32_t g) {
+  return !(ptx::low_half(g) <= 0) + !(ptx::high_half(g) <= 0);
+}
+
+// One CTA per tile, one warp per union position, one lane per word of a column.
+__global__ void __launch_bounds__(kThreads)
+    stats_kernel(const ForwardChunk chunk, std::int32_t* activity, float* partial_l1) {
+  const int tile = blockIdx.x;
+  const int lane = threadIdx.x % 32;
+  const int count = chunk.counts[tile];
+  const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(tile) * chunk.capacity;
+  float l1 = 0;
+  for (int i = threadIdx.x / 32; i < count; i += kWarps) {
+    const UnionEntry entry = entries[i];
+    int active = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::size_t half_tile = 2 * tile + half;
+      if (!entry.in_half(half)) continue;
+      active += count_active(
+          chunk.columns[(half_tile * chunk.blocks * kBlockNeurons + entry.source(half)) *
+                            kColumnWords +
+                        lane]);
+      const std::uint32_t h = chunk.h[(half_tile * chunk.capacity + i) * kColumnWords + lane];
+      l1 += fabsf(ptx::low_half(h)) + fabsf(ptx::high_half(h));
+    }
+    active = warp_sum(active);
+    if (lane == 0) atomicAdd(&activity[entry.row()], active);
+  }
+  l1 = block_sum(l1);
+  if (threadIdx.x == 0) partial_l1[tile] = l1;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    total_kernel(const std::int32_t* activity, int neurons, const float* partial_l1,
+                 std::int64_t tiles, std::int64_t* l0, float* l1) {
+  long long pairs = 0;
+  for (int n = threadIdx.x; n < neurons; n += kThreads) pairs += activity[n];
+  double sum = 0;
+  for (std::int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) sum += partial_l1[tile];
+  pairs = block_sum(pairs);
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  if (l0) *l0 = pairs;
+  if (l1) *l1 = static_cast<float>(sum);
+}
+
+}  // namespace
+
+Status launch_stats(const ForwardChunk& chunk, std::int32_t* activity, float* partial_l1,
+                    cudaStream_t stream) {
+  return launch(stats_kernel, chunk.tiles, kThreads, 0, stream, chunk, activity, partial_l1);
+}
+
+Status launch_stats_total(const std::int32_t* activity, int neurons, const float* partial_l1,
+                          std::int64_t tiles, std::int64_t* l0, float* l1, cudaStream_t stream) {
+  return launch(total_kernel, 1, kThreads, 0, stream, activity, neurons, partial_l1, tiles, l0,
+                l1);
+}
+
+}  // namespace twell::cuda
