@@ -55,7 +55,7 @@ struct ForwardChunk {
   int blocks;    // ceil(N / 256)
   int capacity;  // N rounded up to a multiple of 64
 
-  std::uint32_t* masks;    // [2 tiles, blocks, 8]: bit j of word w: column 8 j + w of the block
+  std::uint32_t* masks;    // [2 tiles, blocks, 8]: a bit for each neuron
   std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: block b's n-th used column at 256 b + n
   UnionEntry* unions;      // [tiles, capacity]
   std::int32_t* counts;    // [tiles]: union neurons
@@ -74,16 +74,17 @@ Status launch_gate(const ForwardChunk& chunk, const CUtensorMap& x_map,
 // unions, counts, order, schedule ← masks.
 Status launch_unions(const ForwardChunk& chunk, cudaStream_t stream);
 
-// h ← columns ⊙ (x Uᵀ) over the unions.
-Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const void* up,
-                 int first_token, int multiprocessors, cudaStream_t stream);
+// h ← columns ⊙ (x Uᵀ) over the unions. up_map: boxes of 64 x 64 of `up`.
+Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const CUtensorMap& up_map,
+                 const void* up, int first_token, int multiprocessors, cudaStream_t stream);
 
 // h ← columns, by union position (the plain block).
 Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
 
-// y ← h D. h_map: the rows of h, boxes of 64 x 64.
-Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const void* down, void* y,
-                   int multiprocessors, cudaStream_t stream);
+// y ← h D. h_map: the rows of h, boxes of 64 x 64; down_map likewise.
+Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map,
+                   const CUtensorMap& down_map, const void* down, void* y, int multiprocessors,
+                   cudaStream_t stream);
 
 // activity [neurons] += active tokens; partial_l1 [tiles] ← Σ |h| of each tile.
 Status launch_stats(const ForwardChunk& chunk, std::int32_t* activity, float* partial_l1,

@@ -68,7 +68,7 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
       const int bit = __ffs(rest) - 1;
       const std::uint32_t below = (1u << bit) - 1;
       UnionEntry entry;
-      entry.neuron = block * kBlockNeurons + 8 * bit + word % kMaskWords;
+      entry.neuron = word * 32 + bit;
       entry.sources = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -33,13 +33,15 @@ __device__ __forceinline__ void mbarrier_arrive_expect(std::uint64_t* barrier,
 }
 
 // Arrives at the barrier at the same offset in the shared memory of CTA `rank` of the cluster.
+// It orders nothing beyond this CTA (a wider release would flush to L2 each time): for handing
+// back a stage that only the copy engines write.
 __device__ __forceinline__ void mbarrier_arrive_cluster(std::uint64_t* barrier,
                                                         std::uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -50,7 +52,7 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"
@@ -76,7 +78,8 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// Orders this thread's ordinary shared-memory writes before later reads by TMA and WGMMA.
+// Orders ordinary shared-memory writes that this thread made or waited for before later reads by
+// TMA and WGMMA.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -18,18 +18,11 @@ __device__ __forceinline__ void copy_async_16(std::uint32_t shared, const void* 
                : "memory");
 }
 
-__device__ __forceinline__ void copy_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Waits until at most `kPending` of this thread's groups are in flight.
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void tma_prefetch_descriptor(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+// Arrives at the barrier, as one of its expected arrivals, once this thread's copies so far are
+// done. The waiting thread owes a fence_async_proxy before WGMMA reads them.
+__device__ __forceinline__ void copy_async_arrive(std::uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
 // Loads the box at (inner, outer) of a two-dimensional tensor; elements outside are zeros.

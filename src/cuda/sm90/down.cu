@@ -43,20 +43,22 @@ struct Piece {
 };
 
 __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
-                                        const CUtensorMap& h_map, const __nv_bfloat16* down,
-                                        int strips) {
-  constexpr int kRows = Config::kProducers / 32;      // one warp, one row of 512 bytes
-  constexpr int kGroups = kUnionStep / kRows;
+                                        const CUtensorMap& h_map, const CUtensorMap& down_map,
+                                        const __nv_bfloat16* down, int strips) {
+  constexpr int kRows = Config::kProducers / 32;  // at a time: one warp, one row of 512 bytes
+  constexpr int kTurns = kUnionStep / kRows;
+  constexpr int kGroupElements = kUnionStep * 64;  // 64 outputs of each row
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const std::uint32_t target = ptx::shared_address(shared.down) + lane / 8 * (kUnionStep * 128);
+  const std::uint32_t target = ptx::shared_address(shared.down) + lane / 8 * (kGroupElements * 2);
+  // Lanes 0 to 15 hold the warp's 16 rows, lane 16 the step's first row and lane 17 its last.
+  const int held = lane < kTurns ? warp + lane * kRows : lane == kTurns ? 0 : kUnionStep - 1;
   Ring<Config::kStages> ring;
-  LaggedArrival<Config::kStages> arrival;
 #pragma unroll 1
   for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
     const Piece piece(chunk, item, strips);
-    const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(piece.tile) *
-                                                   chunk.capacity + warp + lane % kGroups * kRows;
+    const UnionEntry* entries =
+        chunk.unions + static_cast<std::size_t>(piece.tile) * chunk.capacity + held;
     const int column = piece.column + lane * 8;
     const bool inside = column < chunk.hidden;
     const __nv_bfloat16* source = down + (inside ? column : 0);
@@ -66,29 +68,37 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
     for (int step = 0; step < piece.steps; ++step, ring.advance()) {
       const UnionEntry mine = next;
       if (step + 1 < piece.steps) next = entries[(step + 1) * kUnionStep];
+      const int first_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns), 0}.row();
+      const int last_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns + 1), 0}.row();
+      const bool adjacent = last_row - first_row == kUnionStep - 1;
       const int stage = ring.stage;
       ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
       if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&shared.full[stage], sizeof(shared.h[0]));
+        ptx::mbarrier_arrive_expect(&shared.full[stage],
+                                    sizeof(shared.h[0]) + (adjacent ? sizeof(shared.down[0]) : 0));
         for (int half = 0; half < Config::kConsumers; ++half) {
           ptx::tma_load(shared.h[stage][half], &h_map, &shared.full[stage], 0,
                         h_row + half * chunk.capacity + step * kUnionStep);
         }
+        for (int group = 0; adjacent && group < Config::kOutputs / 64; ++group) {
+          ptx::tma_load(shared.down[stage] + group * kGroupElements, &down_map,
+                        &shared.full[stage], piece.column + group * 64, first_row);
+        }
       }
-      const std::uint32_t stage_target = target + stage * sizeof(shared.down[0]);
+      if (!adjacent) {
+        const std::uint32_t stage_target = target + stage * sizeof(shared.down[0]);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const int row = warp + group * kRows;
-        const std::uint32_t packed = __shfl_sync(~0u, mine.neuron, group);
-        const bool valid = inside && UnionEntry{packed, 0}.in_use();
-        ptx::copy_async_16(
-            stage_target + row * 128 + (((lane % 8) ^ (row % 8)) * 16),
-            source + static_cast<std::size_t>(UnionEntry{packed, 0}.row()) * chunk.hidden, valid);
+        for (int turn = 0; turn < kTurns; ++turn) {
+          const int row = warp + turn * kRows;
+          const UnionEntry entry = {__shfl_sync(~0u, mine.neuron, turn), 0};
+          ptx::copy_async_16(stage_target + row * 128 + (((lane % 8) ^ (row % 8)) * 16),
+                             source + static_cast<std::size_t>(entry.row()) * chunk.hidden,
+                             inside && entry.in_use());
+        }
       }
-      arrival.step(shared.full, stage);
+      ptx::copy_async_arrive(&shared.full[stage]);
     }
   }
-  arrival.drain(shared.full);
 }
 
 // Lane q of each group of 4 holds the q-th word of four 16-byte rows; afterwards it holds row q.
@@ -126,7 +136,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
 #pragma unroll 1
   for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
     const Piece piece(chunk, item, strips);
-    multiply<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter>(
+    multiply<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
         acc, ring, piece.steps, shared.full,
         [&](int stage) { return shared.h[stage][consumer]; },
         [&](int stage) { return shared.down[stage]; },
@@ -159,6 +169,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
 
 __global__ void __launch_bounds__(Config::kThreads, 1)
     down_kernel(const ForwardChunk chunk, const __grid_constant__ CUtensorMap h_map,
+                const __grid_constant__ CUtensorMap down_map,
                 const __nv_bfloat16* __restrict__ down, __nv_bfloat16* __restrict__ y) {
   extern __shared__ std::uint8_t raw[];
   Shared& shared = aligned_shared<Shared>(raw);
@@ -175,7 +186,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::register_decrease<Config::kProducerRegisters>();
-    produce(shared, chunk, h_map, down, strips);
+    produce(shared, chunk, h_map, down_map, down, strips);
   } else {
     ptx::register_increase<Config::kConsumerRegisters>();
     consume(shared, chunk, y, strips, warpgroup - 1);
@@ -184,11 +195,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 }  // namespace
 
-Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const void* down, void* y,
-                   int multiprocessors, cudaStream_t stream) {
+Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map,
+                   const CUtensorMap& down_map, const void* down, void* y, int multiprocessors,
+                   cudaStream_t stream) {
   const int items = chunk.tiles * ceil_div(chunk.hidden, Config::kOutputs);
   return launch(down_kernel, std::min(items, multiprocessors), Config::kThreads,
-                sizeof(Shared) + alignof(Shared), stream, chunk, h_map,
+                sizeof(Shared) + alignof(Shared), stream, chunk, h_map, down_map,
                 static_cast<const __nv_bfloat16*>(down), static_cast<__nv_bfloat16*>(y));
 }
 

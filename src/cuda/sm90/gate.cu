@@ -115,43 +115,43 @@ __device__ __forceinline__ void store_columns(const float (&acc)[kBlockNeurons /
   }
   ptx::named_barrier_sync(1 + consumer, 128);
 
-  std::uint32_t any = 0;
-  int rank[2] = {0, 0};
-  std::uint32_t words[kMaskWords];
+  // Lane j looks after the columns 8 j to 8 j + 7: which are used, and how many are before them.
+  const int lane = threadIdx.x % 32;
+  std::uint32_t mine = 0;
+  int before = 0;
 #pragma unroll
   for (int w = 0; w < kMaskWords; ++w) {
-    words[w] = warp_masks[0][w] | warp_masks[1][w] | warp_masks[2][w] | warp_masks[3][w];
-    any |= words[w];
-    if (w < 2 * quad) rank[0] += __popc(words[w]);
+    const std::uint32_t word =
+        warp_masks[0][w] | warp_masks[1][w] | warp_masks[2][w] | warp_masks[3][w];
+    mine |= ((word >> lane) & 1u) << w;
+    before += __popc(word & ((1u << lane) - 1));
   }
-  used[0] = used[1] = 0;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const uint2 mine = *reinterpret_cast<const uint2*>(&warp_masks[w][2 * quad]);
-    used[0] |= mine.x;
-    used[1] |= mine.y;
-  }
-  rank[1] = rank[0] + __popc(used[0]);
   if (half_tile >= 2 * chunk.tiles) return;
-
-  if (threadIdx.x % 128 == 0) {
-    auto* out = reinterpret_cast<uint4*>(
-        chunk.masks + (static_cast<std::size_t>(half_tile) * chunk.blocks + block) * kMaskWords);
-    out[0] = make_uint4(words[0], words[1], words[2], words[3]);
-    out[1] = make_uint4(words[4], words[5], words[6], words[7]);
+  const std::size_t place = static_cast<std::size_t>(half_tile) * chunk.blocks + block;
+  if (warp == 0) {
+    reinterpret_cast<std::uint8_t*>(chunk.masks + place * kMaskWords)[lane] =
+        static_cast<std::uint8_t>(mine);
   }
-  std::uint32_t* base =
-      chunk.columns +
-      (static_cast<std::size_t>(half_tile) * chunk.blocks + block) * kBlockNeurons * kColumnWords +
-      warp * 8 + row;
+  mine |= static_cast<std::uint32_t>(before) << 8;
+
+  std::uint32_t* out = chunk.columns + place * kBlockNeurons * kColumnWords + warp * 8 + row;
+  constexpr int kBatch = 8;
 #pragma unroll
-  for (int j = 0; j < 32; ++j) {
-    if (!((any >> j) & 1u)) continue;
+  for (int first = 0; first < 32; first += kBatch) {
+    std::uint32_t groups[kBatch];
 #pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      if ((used[parity] >> j) & 1u) {
-        base[rank[parity]++ * kColumnWords] =
-            ptx::pack_relu(acc[4 * j + parity], acc[4 * j + 2 + parity]);
+    for (int i = 0; i < kBatch; ++i) groups[i] = __shfl_sync(~0u, mine, first + i);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if ((groups[i] & 0xffu) == 0) continue;
+      const float* values = acc + 4 * (first + i);
+#pragma unroll
+      for (int parity = 0; parity < 2; ++parity) {
+        const int bit = 2 * quad + parity;
+        const int rank = (groups[i] >> 8) + __popc(groups[i] & ((1u << bit) - 1));
+        if ((groups[i] >> bit) & 1u) {
+          out[rank * kColumnWords] = ptx::pack_relu(values[parity], values[2 + parity]);
+        }
       }
     }
   }
@@ -170,7 +170,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
   for (int item = blockIdx.x / Config::kCluster; item < pairs * chunk.blocks;
        item += clusters, turn ^= 1) {
     const Piece piece(item, pairs, chunk.blocks);
-    multiply<kBlockNeurons, ptx::Major::kInner, ptx::Major::kInner>(
+    multiply<kBlockNeurons, ptx::Major::kInner, ptx::Major::kInner, Filler::kTma>(
         acc, ring, steps, shared.full,
         [&](int stage) { return shared.x[stage] + consumer * kHalfTokens * kTileHidden; },
         [&](int stage) { return shared.weight[stage]; },

@@ -30,54 +30,21 @@ struct Ring {
   }
 };
 
-// Publishes stages filled with cp.async two stages late, so that two stages of copies stay in
-// flight: a later lag would wait for stages that the consumers can't free before they see this
-// one.
-template <int kStages>
-struct LaggedArrival {
-  static constexpr int kLag = 2;
-  static_assert(kStages >= kLag + 2);
-  int pending = 0;
-  int older = 0;
-  int newer = 0;
+// Who filled the stages that `multiply` reads.
+enum class Filler { kTma, kTmaAndThreads };
 
-  // Ends the copies into `stage`.
-  __device__ __forceinline__ void step(std::uint64_t* full, int stage) {
-    ptx::copy_async_commit();
-    if (pending == kLag) {
-      ptx::copy_async_wait<kLag>();
-      publish(full, older);
-    } else {
-      ++pending;
-    }
-    older = newer;
-    newer = stage;
-  }
-
-  __device__ __forceinline__ void drain(std::uint64_t* full) {
-    ptx::copy_async_wait<0>();
-    if (pending == kLag) publish(full, older);
-    if (pending > 0) publish(full, newer);
-  }
-
- private:
-  __device__ __forceinline__ void publish(std::uint64_t* full, int stage) {
-    ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(&full[stage]);
-  }
-};
-
-// acc[64, kN] ← Σ over `steps` stages of A[64, 64] B[64, kN]. Stays one stage behind the tensor
-// cores: `release(stage)` is called when a stage's products are done.
-template <int kN, ptx::Major kA, ptx::Major kB, int kStages, class A, class B, class Release>
+// acc[64, kN] ← Σ over `steps` stages of A[64, 64] B[64, kN]. release(stage) hands a stage back.
+// Waits for its own products at each stage: the other consumer's keep the tensor cores busy.
+template <int kN, ptx::Major kA, ptx::Major kB, Filler kFiller, int kStages, class A, class B,
+          class Release>
 __device__ __forceinline__ void multiply(float (&acc)[kN / 2], Ring<kStages>& ring, int steps,
                                          std::uint64_t* full, A&& a, B&& b, Release&& release) {
-  int previous = 0;
 #pragma unroll
   for (float& value : acc) value = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, ring.advance()) {
     ptx::mbarrier_wait(&full[ring.stage], ring.parity);
+    if (kFiller == Filler::kTmaAndThreads) ptx::fence_async_proxy();
     const std::uint64_t a_first = ptx::wgmma_descriptor<kA>(a(ring.stage), 0);
     const std::uint64_t b_first = ptx::wgmma_descriptor<kB>(b(ring.stage), 64 * kTileHidden * 2);
     ptx::wgmma_fence();
@@ -87,13 +54,10 @@ __device__ __forceinline__ void multiply(float (&acc)[kN / 2], Ring<kStages>& ri
                              b_first + k * ptx::kWgmmaAdvance<kB>);
     }
     ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    if (step != 0) release(previous);
-    previous = ring.stage;
+    ptx::wgmma_wait<0>();
+    release(ring.stage);
   }
-  ptx::wgmma_wait<0>();
   ptx::wgmma_pin(acc);
-  if (steps != 0) release(previous);
 }
 
 }  // namespace twell::cuda

@@ -34,38 +34,52 @@ struct alignas(1024) Shared {
 };
 
 __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
-                                        const CUtensorMap& x_map, const __nv_bfloat16* up,
-                                        int first_token) {
-  constexpr int kPieces = kTileHidden / 8;                   // 16-byte pieces of a row
-  constexpr int kRows = Config::kProducers / kPieces;        // rows at a time
-  const int row = static_cast<int>(threadIdx.x) / kPieces;   // of the first kRows
+                                        const CUtensorMap& x_map, const CUtensorMap& up_map,
+                                        const __nv_bfloat16* up, int first_token) {
+  constexpr int kPieces = kTileHidden / 8;                  // 16-byte pieces of a row
+  constexpr int kRows = Config::kProducers / kPieces;       // rows at a time
+  constexpr int kTurns = kUnionStep / kRows;                // to gather kUnionStep rows
+  constexpr int kGroups = kUnionItem / kUnionStep;
+  constexpr int kGroupElements = kUnionStep * kTileHidden;
+  const int row = static_cast<int>(threadIdx.x) / kPieces;  // of the first kRows
   const int piece = static_cast<int>(threadIdx.x) % kPieces;
   const int steps = ceil_div(chunk.hidden, kTileHidden);
-  const std::uint32_t target = ptx::shared_address(shared.up) + row * 128 +
-                               ((piece ^ (row % 8)) * 16);
+  const std::uint32_t target =
+      ptx::shared_address(shared.up) + row * 128 + ((piece ^ (row % 8)) * 16);
   const int items = chunk.schedule->item_count;
   Ring<Config::kStages> ring;
-  LaggedArrival<Config::kStages> arrival;
 #pragma unroll 1
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const UnionItem item = chunk.schedule->items[i];
     const UnionEntry* entries =
         chunk.unions + static_cast<std::size_t>(item.tile) * chunk.capacity +
         item.first * kUnionItem;
-    const int groups = (item.steps + 1) * (kUnionStep / kRows);
-    std::uint32_t offsets[kUnionItem / kRows];  // in pieces of 16 bytes
+    std::uint32_t offsets[kGroups * kTurns];  // in pieces of 16 bytes
+    bool gathered[kGroups];                   // by all threads; else by TMA, the rows being adjacent
+    int group_row[kGroups];
+    int bytes = sizeof(shared.x[0]);
 #pragma unroll
-    for (int group = 0; group < kUnionItem / kRows; ++group) {
-      offsets[group] = group < groups
-                           ? entries[group * kRows + row].row() * (chunk.hidden / 8) + piece
-                           : 0;
+    for (int group = 0; group < kGroups; ++group) {
+      const bool exists = group <= item.steps;
+      const UnionEntry* mine = entries + (exists ? group * kUnionStep : 0);
+      group_row[group] = mine[0].row();
+      const bool adjacent =
+          exists && mine[kUnionStep - 1].row() == mine[0].row() + kUnionStep - 1;
+      gathered[group] = exists && !adjacent;
+      if (!exists) group_row[group] = -1;
+      bytes += adjacent ? kGroupElements * 2 : 0;
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        offsets[group * kTurns + turn] =
+            mine[turn * kRows + row].row() * (chunk.hidden / 8) + piece;
+      }
     }
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, ring.advance()) {
       const int stage = ring.stage;
       ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
       if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&shared.full[stage], sizeof(shared.x[0]));
+        ptx::mbarrier_arrive_expect(&shared.full[stage], bytes);
         ptx::tma_load(shared.x[stage], &x_map, &shared.full[stage], step * kTileHidden,
                       first_token + item.tile * kTileTokens);
       }
@@ -73,32 +87,47 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
       const uint4* source = reinterpret_cast<const uint4*>(up) + (inside ? step * kPieces : 0);
       const std::uint32_t stage_target = target + stage * sizeof(shared.up[0]);
 #pragma unroll
-      for (int group = 0; group < kUnionItem / kRows; ++group) {
-        if (group < groups) {
-          ptx::copy_async_16(stage_target + group * kRows * 128,
-                             source + (inside ? offsets[group] : 0), inside);
+      for (int group = 0; group < kGroups; ++group) {
+        if (gathered[group]) {
+#pragma unroll
+          for (int turn = 0; turn < kTurns; ++turn) {
+            const int at = group * kTurns + turn;
+            ptx::copy_async_16(stage_target + at * kRows * 128,
+                               source + (inside ? offsets[at] : 0), inside);
+          }
+        } else if (threadIdx.x == 0 && group_row[group] >= 0) {
+          ptx::tma_load(shared.up[stage] + group * kGroupElements, &up_map, &shared.full[stage],
+                        step * kTileHidden, group_row[group]);
         }
       }
-      arrival.step(shared.full, stage);
+      ptx::copy_async_arrive(&shared.full[stage]);
     }
   }
-  arrival.drain(shared.full);
 }
 
-// Where this consumer's column of each position of an item is; kAbsent if its half has none.
-__device__ __forceinline__ void fetch_sources(std::uint32_t (&sources)[kUnionItem],
-                                              const ForwardChunk& chunk, UnionItem item,
-                                              int consumer) {
-  const int first = 2 * static_cast<int>(threadIdx.x % 128);
-  if (first >= (item.steps + 1) * kUnionStep) return;
-  const uint4 pair = *reinterpret_cast<const uint4*>(
-      chunk.unions + static_cast<std::size_t>(item.tile) * chunk.capacity +
-      item.first * kUnionItem + first);
-  const UnionEntry even = {pair.x, pair.y};
-  const UnionEntry odd = {pair.z, pair.w};
-  sources[first] = even.in_half(consumer) ? even.source(consumer) : Config::kAbsent;
-  sources[first + 1] = odd.in_half(consumer) ? odd.source(consumer) : Config::kAbsent;
-}
+// The two positions of an item that this thread looks up for its half: where their columns are.
+struct Lookup {
+  std::uint32_t sources[2] = {Config::kAbsent, Config::kAbsent};
+
+  __device__ Lookup(const ForwardChunk& chunk, UnionItem item, int consumer) {
+    const int first = 2 * static_cast<int>(threadIdx.x % 128);
+    if (first >= (item.steps + 1) * kUnionStep) return;
+    const uint4 pair = *reinterpret_cast<const uint4*>(
+        chunk.unions + static_cast<std::size_t>(item.tile) * chunk.capacity +
+        item.first * kUnionItem + first);
+    const UnionEntry entries[2] = {{pair.x, pair.y}, {pair.z, pair.w}};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (entries[i].in_half(consumer)) sources[i] = entries[i].source(consumer);
+    }
+  }
+
+  // Shares the look-ups of the warpgroup.
+  __device__ void publish(std::uint32_t (&all)[kUnionItem], int consumer) const {
+    reinterpret_cast<uint2*>(all)[threadIdx.x % 128] = make_uint2(sources[0], sources[1]);
+    ptx::named_barrier_sync(1 + consumer, 128);
+  }
+};
 
 template <int kN>
 __device__ __forceinline__ void consume_item(Shared& shared, Ring<Config::kStages>& ring,
@@ -108,8 +137,23 @@ __device__ __forceinline__ void consume_item(Shared& shared, Ring<Config::kStage
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
   const int quad = lane % 4;
+  const std::size_t half_tile = 2 * item.tile + consumer;
+  const int word = warp * 8 + lane / 4;
+
+  // The gate's values arrive while the products run.
+  const std::uint32_t* columns =
+      chunk.columns + half_tile * chunk.blocks * kBlockNeurons * kColumnWords + word;
+  std::uint32_t g[kN / 4];
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+    const uint2 source = *reinterpret_cast<const uint2*>(&sources[8 * j + 2 * quad]);
+    g[2 * j] = source.x == Config::kAbsent ? 0 : columns[source.x * kColumnWords];
+    g[2 * j + 1] = source.y == Config::kAbsent ? 0 : columns[source.y * kColumnWords];
+  }
+  const int valid = chunk.counts[item.tile] - item.first * kUnionItem - 2 * quad;
+
   float acc[kN / 2];
-  multiply<kN, ptx::Major::kInner, ptx::Major::kInner>(
+  multiply<kN, ptx::Major::kInner, ptx::Major::kInner, Filler::kTmaAndThreads>(
       acc, ring, ceil_div(chunk.hidden, kTileHidden), shared.full,
       [&](int stage) { return shared.x[stage] + consumer * kHalfTokens * kTileHidden; },
       [&](int stage) { return shared.up[stage]; },
@@ -117,52 +161,38 @@ __device__ __forceinline__ void consume_item(Shared& shared, Ring<Config::kStage
         if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
       });
 
-  const int half_tile = 2 * item.tile + consumer;
-  const int word = warp * 8 + lane / 4;
-  const std::uint32_t* columns =
-      chunk.columns +
-      static_cast<std::size_t>(half_tile) * chunk.blocks * kBlockNeurons * kColumnWords + word;
-  std::uint32_t* h = chunk.h +
-                     (static_cast<std::size_t>(half_tile) * chunk.capacity +
-                      item.first * kUnionItem + 2 * quad) *
-                         kColumnWords +
-                     word;
-  const int valid = chunk.counts[item.tile] - item.first * kUnionItem - 2 * quad;
-  constexpr int kBatch = 8;  // groups of 8 positions whose loads are in flight together
+  std::uint32_t* h =
+      chunk.h +
+      (half_tile * chunk.capacity + item.first * kUnionItem + 2 * quad) * kColumnWords + word;
 #pragma unroll
-  for (int first = 0; first < kN / 8; first += kBatch) {
-    std::uint32_t g[2 * kBatch];
+  for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const uint2 source =
-          *reinterpret_cast<const uint2*>(&sources[8 * (first + i) + 2 * quad]);
-      g[2 * i] = source.x == Config::kAbsent ? 0 : columns[source.x * kColumnWords];
-      g[2 * i + 1] = source.y == Config::kAbsent ? 0 : columns[source.y * kColumnWords];
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int parity = 0; parity < 2; ++parity) {
-        const float* u = acc + 4 * (first + i) + parity;
-        const int position = 8 * (first + i) + parity;
-        const std::uint32_t value = ptx::pack(ptx::low_half(g[2 * i + parity]) * u[0],
-                                              ptx::high_half(g[2 * i + parity]) * u[2]);
-        h[position * kColumnWords] = position < valid ? value : 0;  // padding is no 0 · inf
-      }
+    for (int parity = 0; parity < 2; ++parity) {
+      const float* u = acc + 4 * j + parity;
+      const std::uint32_t value = ptx::pack(ptx::low_half(g[2 * j + parity]) * u[0],
+                                            ptx::high_half(g[2 * j + parity]) * u[2]);
+      const int position = 8 * j + parity;
+      h[position * kColumnWords] = position < valid ? value : 0;  // padding is no 0 · inf
     }
   }
 }
 
 __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk, int consumer) {
   const int items = chunk.schedule->item_count;
+  if (static_cast<int>(blockIdx.x) >= items) return;
   Ring<Config::kStages> ring;
+  UnionItem next = chunk.schedule->items[blockIdx.x];
+  Lookup lookup(chunk, next, consumer);
   int turn = 0;
 #pragma unroll 1
   for (int i = blockIdx.x; i < items; i += gridDim.x, turn ^= 1) {
-    const UnionItem item = chunk.schedule->items[i];
+    const UnionItem item = next;
     auto& sources = shared.sources[turn][consumer];
-    fetch_sources(sources, chunk, item, consumer);
-    ptx::named_barrier_sync(1 + consumer, 128);
+    lookup.publish(sources, consumer);
+    if (i + static_cast<int>(gridDim.x) < items) {
+      next = chunk.schedule->items[i + gridDim.x];
+      lookup = Lookup(chunk, next, consumer);
+    }
     switch (item.steps) {
       case 0: consume_item<64>(shared, ring, sources, chunk, item, consumer); break;
       case 1: consume_item<128>(shared, ring, sources, chunk, item, consumer); break;
@@ -174,7 +204,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
 
 __global__ void __launch_bounds__(Config::kThreads, 1)
     up_kernel(const ForwardChunk chunk, const __grid_constant__ CUtensorMap x_map,
-              const __nv_bfloat16* __restrict__ up, int first_token) {
+              const __grid_constant__ CUtensorMap up_map, const __nv_bfloat16* __restrict__ up, int first_token) {
   extern __shared__ std::uint8_t raw[];
   Shared& shared = aligned_shared<Shared>(raw);
   if (threadIdx.x == 0) {
@@ -189,7 +219,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::register_decrease<Config::kProducerRegisters>();
-    produce(shared, chunk, x_map, up, first_token);
+    produce(shared, chunk, x_map, up_map, up, first_token);
   } else {
     ptx::register_increase<Config::kConsumerRegisters>();
     consume(shared, chunk, warpgroup - 1);
@@ -198,10 +228,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 }  // namespace
 
-Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const void* up,
-                 int first_token, int multiprocessors, cudaStream_t stream) {
+Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const CUtensorMap& up_map,
+                 const void* up, int first_token, int multiprocessors, cudaStream_t stream) {
   return launch(up_kernel, multiprocessors, Config::kThreads, sizeof(Shared) + alignof(Shared),
-                stream, chunk, x_map, static_cast<const __nv_bfloat16*>(up), first_token);
+                stream, chunk, x_map, up_map, static_cast<const __nv_bfloat16*>(up), first_token);
 }
 
 }  // namespace twell::cuda
