@@ -1,5 +1,5 @@
 # `make demo` and `make test` prepare the machine themselves: see scripts/setup.
-.PHONY: demo test test-asan bench build setup clean
+.PHONY: demo test test-gpu test-asan bench build setup clean
 
 setup:
 	@scripts/setup
@@ -12,6 +12,9 @@ demo: build
 
 test: build
 	@scripts/test
+
+test-gpu:
+	@scripts/test-gpu
 
 test-asan: setup
 	@scripts/test-asan

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/gate_pack.h"
+#include "cuda/gate_pack.h"
 
 namespace twell {
 namespace {
@@ -19,9 +20,7 @@ Status check_sizes(const TwellShape& shape, std::int64_t hidden, const Device& d
   if (hidden <= 0 || hidden % 8 != 0 || hidden > kMaxHidden) {
     return invalid("hidden", std::to_string(hidden), "a positive multiple of 8, at most 1048576");
   }
-  if (device.type != DeviceType::kCpu) {
-    return {StatusCode::kUnsupported, "gate_pack: this build of twell has no CUDA kernels"};
-  }
+  if (device.type == DeviceType::kCuda) return {};
   if (device.threads < 1) {
     return invalid("device.threads", std::to_string(device.threads), "1 or more");
   }
@@ -38,6 +37,7 @@ Status check_sizes(const TwellShape& shape, std::int64_t hidden, const Device& d
 Result<std::size_t> gate_pack_workspace_bytes(const TwellShape& shape, std::int64_t hidden,
                                               const Device& device) {
   if (Status status = check_sizes(shape, hidden, device); !status.ok()) return status;
+  if (device.type == DeviceType::kCuda) return cuda::gate_pack_workspace_bytes(shape, device);
   return cpu::gate_pack_workspace_bytes(shape, hidden, device);
 }
 
@@ -53,6 +53,7 @@ Status gate_pack(const TwellShape& shape, const Device& device, const GatePackAr
                      "64-byte aligned memory");
     }
   }
+  if (device.type == DeviceType::kCuda) return cuda::gate_pack(shape, device, args);
   cpu::gate_pack(shape, device, args);
   return {};
 }

@@ -12,16 +12,6 @@
 namespace twell::cuda {
 namespace {
 
-// What TMA and 16-byte copies need.
-Status require_aligned(const char* name, const void* pointer) {
-  const auto rest = reinterpret_cast<std::uintptr_t>(pointer) % 16;
-  if (rest == 0) return {};
-  return {StatusCode::kInvalidArgument, "ffn_forward: " + std::string(name) +
-                                            " is at an address of remainder " +
-                                            std::to_string(rest) +
-                                            " modulo 16; permitted: 16-byte aligned memory"};
-}
-
 Status check_call(const FfnPlan& plan, const FfnForwardArgs& args) {
   const std::pair<const char*, const void*> pointers[] = {{"x", args.x},
                                                           {"y", args.y},
@@ -29,16 +19,10 @@ Status check_call(const FfnPlan& plan, const FfnForwardArgs& args) {
                                                           {"weights.up", args.weights.up},
                                                           {"weights.down", args.weights.down}};
   for (const auto& [name, pointer] : pointers) {
-    if (Status status = require_aligned(name, pointer); !status.ok()) return status;
+    Status status = require_aligned(pointer, std::string("ffn_forward: ") + name);
+    if (!status.ok()) return status;
   }
-  int current = 0;
-  if (Status status = check(cudaGetDevice(&current), "cudaGetDevice"); !status.ok()) return status;
-  if (current != plan.device.ordinal) {
-    return {StatusCode::kInvalidArgument,
-            "ffn_forward: plan.device.ordinal is " + std::to_string(plan.device.ordinal) +
-                "; permitted: the current CUDA device, " + std::to_string(current)};
-  }
-  return {};
+  return require_current(plan.device, "ffn_forward: plan");
 }
 
 // The launches of one forward pass; the first error ends it.
@@ -121,14 +105,13 @@ class Forward {
     then(launch_gate(chunk_, maps.x, maps.gate, first, multiprocessors_, stream_));
     then(launch_unions(chunk_, stream_));
     if (gated()) {
-      then(launch_up(chunk_, maps.x, maps.up, args_.weights.up, first, multiprocessors_,
-                     stream_));
+      then(launch_up(chunk_, maps.x, maps.up, args_.weights.up, first, multiprocessors_, stream_));
     } else {
       then(launch_spread(chunk_, stream_));
     }
-    auto* y = static_cast<std::uint16_t*>(args_.y) + static_cast<std::size_t>(first) * chunk_.hidden;
-    then(launch_down(chunk_, maps.h, maps.down, args_.weights.down, y, multiprocessors_,
-                     stream_));
+    auto* y =
+        static_cast<std::uint16_t*>(args_.y) + static_cast<std::size_t>(first) * chunk_.hidden;
+    then(launch_down(chunk_, maps.h, maps.down, args_.weights.down, y, multiprocessors_, stream_));
     if (activity_) {
       then(launch_stats(chunk_, activity_, partial_l1_ + first / kTileTokens, stream_));
     }

@@ -82,9 +82,13 @@ Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const CUte
 Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
 
 // y ← h D. h_map: the rows of h, boxes of 64 x 64; down_map likewise.
-Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map,
-                   const CUtensorMap& down_map, const void* down, void* y, int multiprocessors,
-                   cudaStream_t stream);
+Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const CUtensorMap& down_map,
+                   const void* down, void* y, int multiprocessors, cudaStream_t stream);
+
+// words [tokens, blocks, slots] ← masks, columns, as in twell/format.h; overflow += tile rows with
+// more than slots - 1 values.
+Status launch_words(const ForwardChunk& chunk, std::uint32_t* words, int slots,
+                    std::int64_t* overflow, cudaStream_t stream);
 
 // activity [neurons] += active tokens; partial_l1 [tiles] ← Σ |h| of each tile.
 Status launch_stats(const ForwardChunk& chunk, std::int32_t* activity, float* partial_l1,

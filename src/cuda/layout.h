@@ -10,13 +10,13 @@
 
 namespace twell::cuda {
 
-inline constexpr int kTileTokens = 128;     // tokens that share one union
-inline constexpr int kHalfTokens = 64;      // tokens of one warpgroup's products
-inline constexpr int kBlockNeurons = 256;   // neurons of one piece of gate work
+inline constexpr int kTileTokens = 128;    // tokens that share one union
+inline constexpr int kHalfTokens = 64;     // tokens of one warpgroup's products
+inline constexpr int kBlockNeurons = 256;  // neurons of one piece of gate work
 inline constexpr int kMaskWords = kBlockNeurons / 32;
 inline constexpr int kColumnWords = kHalfTokens / 2;
-inline constexpr int kUnionStep = 64;       // unions are padded to a multiple of this
-inline constexpr int kUnionItem = 256;      // union positions of one piece of up work
+inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of this
+inline constexpr int kUnionItem = 256;  // union positions of one piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
 
 template <class T>

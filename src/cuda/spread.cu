@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(const ForwardChunk chu
               half_tile * static_cast<std::size_t>(chunk.capacity) * kLanes + lane;
     for (int i = threadIdx.x / kLanes; i < padded; i += kThreads / kLanes) {
       const UnionEntry entry = entries[i];
-      h[i * kLanes] = entry.in_half(half) ? columns[entry.source(half) * kLanes]
-                                          : make_uint4(0, 0, 0, 0);
+      h[i * kLanes] =
+          entry.in_half(half) ? columns[entry.source(half) * kLanes] : make_uint4(0, 0, 0, 0);
     }
   }
 }

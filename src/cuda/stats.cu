@@ -85,8 +85,7 @@ Status launch_stats(const ForwardChunk& chunk, std::int32_t* activity, float* pa
 
 Status launch_stats_total(const std::int32_t* activity, int neurons, const float* partial_l1,
                           std::int64_t tiles, std::int64_t* l0, float* l1, cudaStream_t stream) {
-  return launch(total_kernel, 1, kThreads, 0, stream, activity, neurons, partial_l1, tiles, l0,
-                l1);
+  return launch(total_kernel, 1, kThreads, 0, stream, activity, neurons, partial_l1, tiles, l0, l1);
 }
 
 }  // namespace twell::cuda

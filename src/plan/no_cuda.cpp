@@ -2,6 +2,7 @@
 #ifndef TWELL_HAVE_CUDA
 
 #include "cuda/ffn.h"
+#include "cuda/gate_pack.h"
 #include "twell/device.h"
 
 namespace twell {
@@ -16,6 +17,14 @@ namespace cuda {
 
 Status forward(const FfnPlan&, const FfnForwardArgs&) {
   return {StatusCode::kUnsupported, "ffn_forward: this build of twell has no CUDA kernels"};
+}
+
+Result<std::size_t> gate_pack_workspace_bytes(const TwellShape&, const Device&) {
+  return Status(StatusCode::kUnsupported, "gate_pack: this build of twell has no CUDA kernels");
+}
+
+Status gate_pack(const TwellShape& shape, const Device& device, const GatePackArgs&) {
+  return gate_pack_workspace_bytes(shape, device).status();
 }
 
 }  // namespace cuda

@@ -17,9 +17,9 @@ constexpr double kUnknownActive = 0.02;  // share of the neurons assumed active 
 
 // Speeds of one Hopper multiprocessor, measured on an H200 (132 of them).
 struct Rates {
-  double dense_tflops = 5.2;    // PyTorch's products
-  double gate_tflops = 5.2;     // the gate projection with its epilogue
-  double union_tflops = 4.5;    // up and down over unions
+  double dense_tflops = 5.2;  // PyTorch's products
+  double gate_tflops = 5.2;   // the gate projection with its epilogue
+  double union_tflops = 4.5;  // up and down over unions
 };
 
 double milliseconds(double flops, double tflops) { return flops / tflops * 1e-9; }
@@ -82,8 +82,7 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t chunks = std::max<std::int64_t>(1, cuda::ceil_div(tiles, kMaxChunkTiles));
   plan.tile_tokens = cuda::kTileTokens;
-  plan.chunk_tokens =
-      std::max<std::int64_t>(1, cuda::ceil_div(tiles, chunks)) * cuda::kTileTokens;
+  plan.chunk_tokens = std::max<std::int64_t>(1, cuda::ceil_div(tiles, chunks)) * cuda::kTileTokens;
   plan.block_neurons = cuda::kBlockNeurons;
   plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product
   plan.workspace_bytes = cuda::ForwardLayout(plan).bytes;

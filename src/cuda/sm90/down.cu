@@ -81,8 +81,8 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
                         h_row + half * chunk.capacity + step * kUnionStep);
         }
         for (int group = 0; adjacent && group < Config::kOutputs / 64; ++group) {
-          ptx::tma_load(shared.down[stage] + group * kGroupElements, &down_map,
-                        &shared.full[stage], piece.column + group * 64, first_row);
+          ptx::tma_load(shared.down[stage] + group * kGroupElements, &down_map, &shared.full[stage],
+                        piece.column + group * 64, first_row);
         }
       }
       if (!adjacent) {
@@ -126,8 +126,8 @@ __device__ __forceinline__ uint4 transpose_in_quad(uint4 words, int quad) {
   return words;
 }
 
-__device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk,
-                                        __nv_bfloat16* y, int strips, int consumer) {
+__device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk, __nv_bfloat16* y,
+                                        int strips, int consumer) {
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
   const int quad = lane % 4;
@@ -137,8 +137,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
   for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
     const Piece piece(chunk, item, strips);
     multiply<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
-        acc, ring, piece.steps, shared.full,
-        [&](int stage) { return shared.h[stage][consumer]; },
+        acc, ring, piece.steps, shared.full, [&](int stage) { return shared.h[stage][consumer]; },
         [&](int stage) { return shared.down[stage]; },
         [&](int stage) {
           if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
@@ -146,8 +145,8 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
 
     // Row l of a warp's 16 is token l / 2 + 8 (l % 2): see the columns in forward.h.
     const int row = lane / 4;
-    const int token = piece.tile * kTileTokens + consumer * kHalfTokens + warp * 16 + row / 2 +
-                      row % 2 * 8;
+    const int token =
+        piece.tile * kTileTokens + consumer * kHalfTokens + warp * 16 + row / 2 + row % 2 * 8;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       __nv_bfloat16* out = y + static_cast<std::size_t>(token + 4 * s) * chunk.hidden;
@@ -195,9 +194,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 }  // namespace
 
-Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map,
-                   const CUtensorMap& down_map, const void* down, void* y, int multiprocessors,
-                   cudaStream_t stream) {
+Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const CUtensorMap& down_map,
+                   const void* down, void* y, int multiprocessors, cudaStream_t stream) {
   const int items = chunk.tiles * ceil_div(chunk.hidden, Config::kOutputs);
   return launch(down_kernel, std::min(items, multiprocessors), Config::kThreads,
                 sizeof(Shared) + alignof(Shared), stream, chunk, h_map, down_map,

@@ -36,9 +36,9 @@ struct alignas(1024) Shared {
 __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
                                         const CUtensorMap& x_map, const CUtensorMap& up_map,
                                         const __nv_bfloat16* up, int first_token) {
-  constexpr int kPieces = kTileHidden / 8;                  // 16-byte pieces of a row
-  constexpr int kRows = Config::kProducers / kPieces;       // rows at a time
-  constexpr int kTurns = kUnionStep / kRows;                // to gather kUnionStep rows
+  constexpr int kPieces = kTileHidden / 8;             // 16-byte pieces of a row
+  constexpr int kRows = Config::kProducers / kPieces;  // rows at a time
+  constexpr int kTurns = kUnionStep / kRows;           // to gather kUnionStep rows
   constexpr int kGroups = kUnionItem / kUnionStep;
   constexpr int kGroupElements = kUnionStep * kTileHidden;
   const int row = static_cast<int>(threadIdx.x) / kPieces;  // of the first kRows
@@ -51,11 +51,11 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
 #pragma unroll 1
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const UnionItem item = chunk.schedule->items[i];
-    const UnionEntry* entries =
-        chunk.unions + static_cast<std::size_t>(item.tile) * chunk.capacity +
-        item.first * kUnionItem;
+    const UnionEntry* entries = chunk.unions +
+                                static_cast<std::size_t>(item.tile) * chunk.capacity +
+                                item.first * kUnionItem;
     std::uint32_t offsets[kGroups * kTurns];  // in pieces of 16 bytes
-    bool gathered[kGroups];                   // by all threads; else by TMA, the rows being adjacent
+    bool gathered[kGroups];  // by all threads; else by TMA, the rows being adjacent
     int group_row[kGroups];
     int bytes = sizeof(shared.x[0]);
 #pragma unroll
@@ -63,8 +63,7 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
       const bool exists = group <= item.steps;
       const UnionEntry* mine = entries + (exists ? group * kUnionStep : 0);
       group_row[group] = mine[0].row();
-      const bool adjacent =
-          exists && mine[kUnionStep - 1].row() == mine[0].row() + kUnionStep - 1;
+      const bool adjacent = exists && mine[kUnionStep - 1].row() == mine[0].row() + kUnionStep - 1;
       gathered[group] = exists && !adjacent;
       if (!exists) group_row[group] = -1;
       bytes += adjacent ? kGroupElements * 2 : 0;
@@ -92,8 +91,8 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
 #pragma unroll
           for (int turn = 0; turn < kTurns; ++turn) {
             const int at = group * kTurns + turn;
-            ptx::copy_async_16(stage_target + at * kRows * 128,
-                               source + (inside ? offsets[at] : 0), inside);
+            ptx::copy_async_16(stage_target + at * kRows * 128, source + (inside ? offsets[at] : 0),
+                               inside);
           }
         } else if (threadIdx.x == 0 && group_row[group] >= 0) {
           ptx::tma_load(shared.up[stage] + group * kGroupElements, &up_map, &shared.full[stage],
@@ -162,8 +161,8 @@ __device__ __forceinline__ void consume_item(Shared& shared, Ring<Config::kStage
       });
 
   std::uint32_t* h =
-      chunk.h +
-      (half_tile * chunk.capacity + item.first * kUnionItem + 2 * quad) * kColumnWords + word;
+      chunk.h + (half_tile * chunk.capacity + item.first * kUnionItem + 2 * quad) * kColumnWords +
+      word;
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
@@ -194,17 +193,25 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
       lookup = Lookup(chunk, next, consumer);
     }
     switch (item.steps) {
-      case 0: consume_item<64>(shared, ring, sources, chunk, item, consumer); break;
-      case 1: consume_item<128>(shared, ring, sources, chunk, item, consumer); break;
-      case 2: consume_item<192>(shared, ring, sources, chunk, item, consumer); break;
-      default: consume_item<256>(shared, ring, sources, chunk, item, consumer);
+      case 0:
+        consume_item<64>(shared, ring, sources, chunk, item, consumer);
+        break;
+      case 1:
+        consume_item<128>(shared, ring, sources, chunk, item, consumer);
+        break;
+      case 2:
+        consume_item<192>(shared, ring, sources, chunk, item, consumer);
+        break;
+      default:
+        consume_item<256>(shared, ring, sources, chunk, item, consumer);
     }
   }
 }
 
 __global__ void __launch_bounds__(Config::kThreads, 1)
     up_kernel(const ForwardChunk chunk, const __grid_constant__ CUtensorMap x_map,
-              const __grid_constant__ CUtensorMap up_map, const __nv_bfloat16* __restrict__ up, int first_token) {
+              const __grid_constant__ CUtensorMap up_map, const __nv_bfloat16* __restrict__ up,
+              int first_token) {
   extern __shared__ std::uint8_t raw[];
   Shared& shared = aligned_shared<Shared>(raw);
   if (threadIdx.x == 0) {

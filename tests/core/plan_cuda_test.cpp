@@ -1,0 +1,64 @@
+// The planner for CUDA devices, on a machine that need not have one.
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "twell/ffn.h"
+
+namespace twell {
+namespace {
+
+Device hopper() {
+  Device device;
+  device.type = DeviceType::kCuda;
+  device.compute_capability = 90;
+  device.multiprocessors = 132;
+  device.shared_memory_bytes = 232448;
+  device.l2_bytes = 60u << 20;
+  return device;
+}
+
+FfnProblem problem(std::int64_t tokens) {
+  return {FfnKind::kGated, DType::kBf16, tokens, 2048, 5632};
+}
+
+TEST(PlanCuda, PicksDenseOnlyWhereDenseIsPredictedFaster) {
+  PlanOptions options;
+  options.expected_active = 29;
+  options.expected_union = 1100;
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->path, FfnPath::kSparse);
+  options.expected_active = 2816;
+  options.expected_union = 5632;
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->path, FfnPath::kDense);
+  options.path = FfnPath::kSparse;
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->path, FfnPath::kSparse);
+}
+
+TEST(PlanCuda, BoundsTheWorkspaceForAnyNumberOfTokens) {
+  const std::size_t large = plan_ffn(problem(131072), hopper())->workspace_bytes;
+  EXPECT_LT(large, std::size_t{1} << 30);
+  EXPECT_LT(plan_ffn(problem(2000000000), hopper())->workspace_bytes, large + (256u << 20));
+  EXPECT_GT(plan_ffn(problem(1), hopper())->workspace_bytes, 0u);
+}
+
+TEST(PlanCuda, RefusesByName) {
+  PlanOptions options;
+  options.training = true;
+  const auto message = [&](const FfnProblem& p, const Device& device) {
+    const Result<FfnPlan> plan = plan_ffn(p, device, options);
+    EXPECT_FALSE(plan.ok());
+    return plan.status().message();
+  };
+  EXPECT_NE(message(problem(1), hopper()).find("training is true"), std::string::npos);
+  options.training = false;
+  FfnProblem wide = problem(1);
+  wide.dtype = DType::kFloat32;
+  EXPECT_NE(message(wide, hopper()).find("dtype is float32"), std::string::npos);
+  Device old = hopper();
+  old.compute_capability = 86;
+  EXPECT_NE(message(problem(1), old).find("compute_capability is 86"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace twell

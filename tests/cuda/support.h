@@ -1,0 +1,163 @@
+#pragma once
+// What the GPU tests share: device memory with guards, random blocks, a float64 oracle.
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "twell/ffn.h"
+
+namespace twell {
+
+inline void require_cuda(cudaError_t error) {
+  ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
+}
+
+// Skips, with the reason, where there is no GPU that the kernels run on.
+class GpuTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    Result<Device> found = cuda_device(0);
+    if (!found.ok()) GTEST_SKIP() << found.status().message();
+    device = found.value();
+    require_cuda(cudaSetDevice(0));
+  }
+  Device device;
+};
+
+// Device memory, poisoned (0xFF: NaN in bf16 and float32), with a guard behind it.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(std::size_t bytes) : bytes_(bytes) {
+    require_cuda(cudaMalloc(&data_, bytes + kGuard));
+    poison();
+  }
+  template <class T>
+  explicit DeviceBuffer(const std::vector<T>& values) : DeviceBuffer(values.size() * sizeof(T)) {
+    upload(values);
+  }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+  ~DeviceBuffer() { cudaFree(data_); }
+
+  void poison() { require_cuda(cudaMemset(data_, 0xFF, bytes_ + kGuard)); }
+  template <class T>
+  void upload(const std::vector<T>& values) {
+    require_cuda(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyDefault));
+  }
+  template <class T = void>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  template <class T>
+  std::vector<T> download() const {
+    std::vector<T> values(bytes_ / sizeof(T));
+    require_cuda(cudaMemcpy(values.data(), data_, bytes_, cudaMemcpyDefault));
+    return values;
+  }
+  bool guard_intact() const {
+    std::vector<unsigned char> guard(kGuard);
+    require_cuda(cudaMemcpy(guard.data(), as<unsigned char>() + bytes_, kGuard, cudaMemcpyDefault));
+    for (unsigned char byte : guard) {
+      if (byte != 0xFF) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr std::size_t kGuard = 4096;
+  std::size_t bytes_;
+  void* data_ = nullptr;
+};
+
+// out[rows, columns] = a[rows, inner] b[columns, inner]ᵀ in float64.
+inline std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b,
+                                   std::int64_t rows, std::int64_t columns, std::int64_t inner) {
+  std::vector<double> out(rows * columns);
+#pragma omp parallel for
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < inner; ++i) sum += a[r * inner + i] * b[c * inner + i];
+      out[r * columns + c] = sum;
+    }
+  }
+  return out;
+}
+
+inline std::vector<double> widen(const std::vector<bf16>& values) {
+  std::vector<double> out(values.size());
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = to_float(values[i]);
+  return out;
+}
+
+// A block and its input, about `density` of whose gate values are positive: the first column of x
+// and of the gate is a bias. Densities 0 and 1 are exact.
+struct Block {
+  FfnProblem problem;
+  std::vector<bf16> x, gate, up, down;
+
+  Block(FfnKind kind, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
+        double density, std::uint64_t seed = 1) {
+    problem = {kind, DType::kBf16, tokens, hidden, neurons};
+    std::mt19937_64 random(seed + static_cast<std::uint64_t>(tokens * 1009 + neurons));
+    const auto fill = [&](std::vector<bf16>& out, std::int64_t rows, double scale) {
+      std::normal_distribution<float> normal(0, static_cast<float>(scale));
+      out.resize(rows * hidden);
+      for (bf16& v : out) v = to_bf16(normal(random));
+    };
+    fill(x, tokens, 1);
+    const double scale = 1 / std::sqrt(static_cast<double>(hidden));
+    if (kind == FfnKind::kGated) fill(gate, neurons, scale);
+    fill(up, neurons, scale);
+    fill(down, neurons, 1 / std::sqrt(static_cast<double>(neurons)));
+    constexpr float kBias = 8;
+    for (std::int64_t t = 0; t < tokens; ++t) x[t * hidden] = to_bf16(kBias);
+    double low = -20, high = 20;  // the standard normal quantile of `density`, by bisection
+    for (int i = 0; i < 60; ++i) {
+      const double middle = (low + high) / 2;
+      (0.5 * std::erfc(-middle / std::sqrt(2.0)) < density ? low : high) = middle;
+    }
+    std::vector<bf16>& active = kind == FfnKind::kGated ? gate : up;
+    for (std::int64_t n = 0; n < neurons; ++n) {
+      active[n * hidden] = to_bf16(static_cast<float>(low / kBias));
+    }
+  }
+
+  // The gate's values: relu(x Gᵀ) rounded to bf16 (of U for a plain block).
+  std::vector<double> gate_values() const {
+    const bool gated = problem.kind == FfnKind::kGated;
+    std::vector<double> g = product(widen(x), widen(gated ? gate : up), problem.tokens,
+                                    problem.neurons, problem.hidden);
+    for (double& v : g) {
+      v = to_float(to_bf16(static_cast<float>(std::isnan(v) || v > 0 ? v : 0)));
+    }
+    return g;
+  }
+
+  std::vector<double> hidden_values() const {
+    std::vector<double> h = gate_values();
+    if (problem.kind == FfnKind::kGated) {
+      const std::vector<double> u =
+          product(widen(x), widen(up), problem.tokens, problem.neurons, problem.hidden);
+      for (std::size_t i = 0; i < h.size(); ++i) h[i] *= u[i];
+    }
+    return h;
+  }
+
+  std::vector<double> output() const {
+    std::vector<double> transposed(down.size());
+    for (std::int64_t n = 0; n < problem.neurons; ++n) {
+      for (std::int64_t k = 0; k < problem.hidden; ++k) {
+        transposed[k * problem.neurons + n] = to_float(down[n * problem.hidden + k]);
+      }
+    }
+    return product(hidden_values(), transposed, problem.tokens, problem.hidden, problem.neurons);
+  }
+};
+
+}  // namespace twell
