@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(twell, library) {
   library.def(
       "ffn_plan(str kind, ScalarType dtype, int tokens, int hidden, int neurons, str path, "
       "bool training, float expected_active, float expected_union, str device) -> str");
+  library.def("gate_pack(Tensor x, Tensor gate, int slots) -> (Tensor words, Tensor overflow)");
   library.def("twell_encode(Tensor values, int slots) -> (Tensor words, Tensor overflow)");
   library.def("twell_decode(Tensor words, int columns) -> Tensor");
 }
@@ -22,6 +23,7 @@ STABLE_TORCH_LIBRARY(twell, library) {
 void implement_on_any_device(torch::stable::detail::StableLibrary& library) {
   library.impl("ffn_forward", TORCH_BOX(&twell::ops::ffn_forward));
   library.impl("ffn_backward", TORCH_BOX(&twell::ops::ffn_backward));
+  library.impl("gate_pack", TORCH_BOX(&twell::ops::gate_pack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(twell, CPU, library) {

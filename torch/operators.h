@@ -36,8 +36,11 @@ std::string ffn_plan(const std::string& kind, ScalarType dtype, std::int64_t tok
                      bool training, double expected_active, double expected_union,
                      const std::string& device);
 
-// values [M, N] bf16 → words int32 [M, ceil(N / 256), slots] in the TwELL format of twell/format.h,
-// and the number of tile rows that overflowed, int64 []; and back. On the CPU only.
+// words int32 [M, ceil(N / 256), slots] = TwELL(relu(x gateᵀ)) for bf16 x [M, K] and gate [N, K],
+// in the format of twell/format.h, and the number of tile rows that overflowed, int64 [].
+std::tuple<Tensor, Tensor> gate_pack(const Tensor& x, const Tensor& gate, std::int64_t slots);
+
+// values [M, N] bf16 → words and overflow, as of gate_pack; and back. On the CPU only.
 std::tuple<Tensor, Tensor> twell_encode(const Tensor& values, std::int64_t slots);
 Tensor twell_decode(const Tensor& words, std::int64_t columns);
 

@@ -66,6 +66,11 @@ def _words(rows: int, columns: int, slots: int, like: Tensor) -> tuple[Tensor, T
     )
 
 
+@torch.library.register_fake("twell::gate_pack")
+def _(x: Tensor, gate: Tensor, slots: int):
+    return _words(x.shape[0], gate.shape[0], slots, x)
+
+
 @torch.library.register_fake("twell::twell_encode")
 def _(values: Tensor, slots: int):
     return _words(*values.shape, slots, values)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ffn_cases import make_block
 
 import twell
 
@@ -43,6 +44,44 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.twell.twell_encode, (values, 16))
     words, _ = torch.ops.twell.twell_encode(values, 16)
     torch.library.opcheck(torch.ops.twell.twell_decode, (words, 300))
+
+
+@pytest.mark.parametrize("slots", [8, 32, 128])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(0, 64, 264), (1, 64, 1000), (130, 72, 520)], ids=str)
+def test_gate_pack_is_the_encoded_gate(shape, density, slots):
+    block = make_block(*shape, density=density)
+    words, overflow = torch.ops.twell.gate_pack(block.x, block.gate, slots)
+    pre = block.x.double() @ block.gate.double().T
+    counts = torch.nn.functional.pad(pre > 0, (0, -shape[2] % 256)).unflatten(1, (-1, 256)).sum(2)
+    assert torch.equal(words[:, :, 0], counts.int())
+    assert overflow == (counts > slots - 1).sum()
+    if overflow == 0:
+        values = torch.ops.twell.twell_decode(words, shape[2])
+        torch.testing.assert_close(values.double(), pre.relu(), rtol=2**-8, atol=1e-6)
+
+
+def test_gate_pack_opcheck():
+    block = make_block(5, 64, 264, density=0.02)
+    torch.library.opcheck(torch.ops.twell.gate_pack, (block.x, block.gate, 16))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"x": torch.zeros(4, 64)}, "x has dtype Float; it must be BFloat16"),
+        ({"gate": torch.zeros(4, 64)}, "gate has dtype Float; it must be BFloat16"),
+        ({"gate": torch.zeros(8, 72).bfloat16()}, r"gate has shape \[8, 72\]; .* = \[8, 64\]"),
+        ({"gate": torch.zeros(65_544, 64).bfloat16()}, "columns is 65544"),
+        ({"slots": 12}, "slots is 12"),
+    ],
+    ids=str,
+)
+def test_gate_pack_refuses(change, complaint):
+    arguments = {"x": torch.zeros(4, 64).bfloat16(), "gate": torch.zeros(8, 64).bfloat16()}
+    arguments = arguments | {"slots": 32} | change
+    with pytest.raises(RuntimeError, match=complaint):
+        torch.ops.twell.gate_pack(*arguments.values())
 
 
 @pytest.mark.parametrize(
