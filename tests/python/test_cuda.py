@@ -1,0 +1,55 @@
+"""The operators on CUDA tensors: the same code, the same promises."""
+
+import pytest
+import torch
+from ffn_cases import dense, make_block, reference, relative_error
+
+import twell
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    try:
+        twell.plan(64, 128, 10, path="twell", device="cuda")
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.005, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 256, 1024), (129, 264, 1000), (700, 128, 512)], ids=str)
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_forward(kind, shape, density):
+    block = make_block(*shape, kind=kind, density=density)
+    expected, _, _ = reference(block)
+    on_device = block.to("cuda")
+    y, l0, _, activity, _ = torch.ops.twell.ffn_forward(*on_device.operands, False)
+    error = relative_error(y.cpu(), expected)
+    assert error <= 1.1 * relative_error(dense(on_device).cpu(), expected) + 1e-12
+    assert l0.is_cuda and l0 == activity.sum()
+
+
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_opcheck(kind):
+    block = make_block(37, 64, 136, kind=kind).to("cuda")
+    torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, False))
+
+
+def test_the_current_stream_is_used():
+    block = make_block(700, 256, 1024).to("cuda")
+    expected = torch.ops.twell.ffn_forward(*block.operands, False)[0]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late = block.x.clone().mul_(1)  # ready only when the stream gets there
+        y = torch.ops.twell.ffn_forward(late, *block.operands[1:], False)[0]
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_devices_may_not_mix():
+    block = make_block(4, 64, 136)
+    with pytest.raises(RuntimeError, match="up is on cpu; it must be on the device of x, cuda:0"):
+        torch.ops.twell.ffn_forward(block.x.cuda(), *block.operands[1:], False)
