@@ -47,11 +47,14 @@ inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a :
 // a[r][first + k] → block[k / 32][r / 16][r % 16][k % 32]; rows and columns beyond are zero.
 inline void copy_block(Rows<bf16> a, std::int64_t rows, std::int64_t first, std::int64_t depth,
                        bf16* block) {
+  constexpr std::int64_t kAhead = 8;  // rows; for few tokens, copying is what takes the time
   const std::int64_t tiles = rows > kTileRows ? 2 : 1;
   for (std::int64_t r = 0; r < tiles * kTileRows; ++r) {
     const bf16* row = r < rows ? a[r] + first : nullptr;
+    const bf16* ahead = a[a.index ? smaller(r + kAhead, rows - 1) : r + kAhead] + first;
     bf16* to = block + r * kTileInner;
     for (std::int64_t k = 0; k < depth; k += kTileInner, to += 2 * kTileElements) {
+      __builtin_prefetch(ahead + k);
       const std::int64_t width = depth - k;
       const __m512i part = !row ? _mm512_setzero_si512()
                            : width < kTileInner

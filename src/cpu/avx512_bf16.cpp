@@ -324,6 +324,32 @@ int relu_pack(const float* c, int tokens, TokenMask forced, TokenMask* mask, bf1
   return count;
 }
 
+void expand(const bf16* values, TokenMask mask, int tokens, bf16* out) {
+  for (int t = 0; t < tokens; t += 32) {
+    const auto here = static_cast<__mmask32>(mask.word[t / 64] >> (t % 64));
+    _mm512_storeu_si512(out + t, _mm512_maskz_expand_epi16(here, load_words(values)));
+    values += __builtin_popcount(here);
+  }
+}
+
+void scale(const bf16* g, const float* u, std::int64_t count, bf16* h) {
+  for (std::int64_t i = 0; i < count; i += kVec) {
+    const std::int64_t width = smaller(kVec, count - i);
+    const auto mask = static_cast<__mmask32>(~0u >> (kVec - width));
+    const auto low_mask = static_cast<__mmask16>(mask),
+               high_mask = static_cast<__mmask16>(mask >> 16);
+    const __m512i words = _mm512_maskz_loadu_epi16(mask, g + i);
+    const auto half = [](__m256i part) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
+    };
+    const __m512 low =
+        _mm512_mul_ps(half(_mm512_castsi512_si256(words)), _mm512_maskz_loadu_ps(low_mask, u + i));
+    const __m512 high = _mm512_mul_ps(half(_mm512_extracti64x4_epi64(words, 1)),
+                                      _mm512_maskz_loadu_ps(high_mask, u + i + 16));
+    _mm512_mask_storeu_epi16(h + i, mask, to_words(low, high));
+  }
+}
+
 void round(const float* in, std::int64_t count, bf16* out) {
   std::int64_t i = 0;
   for (; i + kVec <= count; i += kVec) {
@@ -332,14 +358,24 @@ void round(const float* in, std::int64_t count, bf16* out) {
   for (; i < count; ++i) out[i] = to_bf16(in[i]);
 }
 
+constexpr Kernels<bf16> table(decltype(Kernels<bf16>::multiply) multiply) {
+  return {pack_transposed,
+          pack,
+          multiply,
+          dots,
+          weighted_sum,
+          relu_pack,
+          expand,
+          scale,
+          generic_abs_sum<bf16>,
+          generic_all_finite<bf16>,
+          round};
+}
+
 }  // namespace
 
-constinit const Kernels<bf16> avx512_bf16 = {
-    pack_transposed,          pack, multiply, dots, weighted_sum, relu_pack,
-    generic_all_finite<bf16>, round};
-constinit const Kernels<bf16> amx_bf16 = {
-    pack_transposed,          pack, amx_multiply, dots, weighted_sum, relu_pack,
-    generic_all_finite<bf16>, round};
+constinit const Kernels<bf16> avx512_bf16 = table(multiply);
+constinit const Kernels<bf16> amx_bf16 = table(amx_multiply);
 constinit const Kernels<float> avx512_float = generic_kernels<float>();
 constinit const Kernels<double> avx512_double = generic_kernels<double>();
 

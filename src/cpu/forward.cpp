@@ -1,14 +1,14 @@
-// The sparse FFN forward on the CPU, chunk by chunk of tokens; in each chunk five phases:
+// The sparse FFN forward on the CPU, chunk by chunk of tokens; in each chunk four phases:
 //
 //   1. prepare  x as a panel; tokens with NaN or infinity marked
 //   2. gate     per block of neurons, over all tokens of the chunk, so that G is read once; each
 //               row of the product is packed while it is in cache. A (tile, block) is a segment of
 //               the workspace with room for the worst case, so nothing can overflow and no thread
 //               waits for another
-//   3. up       per segment, tile after tile, so that a tile's x stays in cache
-//   4. gather   per tile: the rows of the union that go to the dense product (heavy) and, per
-//               token, the list of those that do not (light); what the backward needs
-//   5. down     per (tile, block of hidden columns)
+//   3. up       tile after tile, so that a tile's x stays in cache: neurons with many active
+//               tokens (heavy) by dense products, 32 at a time, the others (light) one by one
+//   4. down     per (tile, block of hidden columns): the heavy neurons by dense products, the light
+//               ones token by token
 //
 // Every sum has a fixed order that does not depend on the number of threads.
 
@@ -30,21 +30,28 @@ constexpr std::int64_t kUpRows = 32;        // heavy neurons per dense up produc
 constexpr std::int64_t kDownColumns = 256;  // hidden columns per unit of down work
 constexpr std::int64_t kHeavyGroup = 512;   // neurons per dense down product (a panel in L2)
 
-// One (tile, block of neurons): what phase 2 found, and where phase 3 puts it.
+// One (tile, block of neurons): what phase 2 found, and its place among the tile's segments.
 struct Segment {
   std::int32_t entries;
   std::int32_t values;
   std::int32_t heavy;
-  double l1;
-  std::int64_t first_entry;  // from here on: relative to the tile
+  double l1;  // of the light entries
+  std::int64_t first_entry;
   std::int64_t first_value;
   std::int64_t first_heavy;
 };
 
-// Neurons of a tile, by kind.
-struct TileLists {
+// Where a heavy neuron of a tile was found.
+struct HeavyEntry {
+  std::int32_t block;
+  std::int32_t entry;
+};
+
+// Of one tile.
+struct Totals {
   std::int64_t heavy;
   std::int64_t light;
+  double l1;
 };
 
 // Sizes that follow from the plan.
@@ -72,26 +79,24 @@ struct Sizes {
 // What one thread needs for itself.
 template <class T>
 struct Scratch {
-  Acc<T>* product = nullptr;      // [max(block_neurons, kUpRows), padded(chunk_tokens)]
-  std::int32_t* rows = nullptr;   // [block_neurons] heavy neurons of a segment
-  std::int32_t* entry = nullptr;  // [block_neurons] their entries
-  T* panel = nullptr;             // [kHeavyGroup, kDownColumns]
-  T* light_down = nullptr;        // [neurons, kDownColumns] rows of D
-  Acc<T>* y = nullptr;            // [tile_tokens, kDownColumns]
+  Acc<T>* product = nullptr;  // [max(block_neurons, kUpRows), padded(chunk_tokens)]
+  T* panel = nullptr;         // [kHeavyGroup, kDownColumns]
+  T* light_down = nullptr;    // [neurons, kDownColumns] rows of D
+  Acc<T>* y = nullptr;        // [tile_tokens, kDownColumns]
 };
 
 template <class T>
 struct Workspace {
-  T* panel = nullptr;           // xᵀ of the chunk; null where dots are used
-  TokenMask* forced = nullptr;  // [tiles] tokens with a NaN or an infinity
-  Segment* segments = nullptr;  // [tiles, blocks]
-  Entry* entries = nullptr;     // [tiles, blocks, block_neurons]
-  T* gate = nullptr;            // [tiles, blocks, segment_values]
-  T* up = nullptr;              // likewise; training a gated block only
-  T* h = nullptr;               // likewise; the same array as gate unless that is still needed
-  TileLists* lists = nullptr;   // [tiles]
+  T* panel = nullptr;                     // xᵀ of the chunk
+  TokenMask* forced = nullptr;            // [tiles] tokens with a NaN or an infinity
+  Segment* segments = nullptr;            // [tiles, blocks]
+  Entry* entries = nullptr;               // [tiles, blocks, block_neurons]
+  T* values = nullptr;                    // [tiles, blocks, segment_values]: g, later light h
+  Totals* totals = nullptr;               // [tiles]
+  HeavyEntry* heavy_entries = nullptr;    // [tiles, heavy_stride]
   std::int32_t* heavy_neurons = nullptr;  // [tiles, heavy_stride]
   T* heavy_h = nullptr;                   // [tiles, tile_tokens, heavy_stride]
+  double* heavy_l1 = nullptr;             // [tiles, heavy_stride / kUpRows]
   std::int32_t* light_neurons = nullptr;  // [tiles, neurons]
   std::int64_t* light_start = nullptr;    // [tiles, tile_tokens + 1] into the next two
   std::int32_t* light_index = nullptr;    // [tiles, light_capacity] into light_neurons, by token
@@ -101,25 +106,21 @@ struct Workspace {
   static Workspace carve(const FfnPlan& plan, Carver& carver) {
     const Sizes size(plan);
     const std::int64_t segments = size.tiles * size.blocks;
-    const bool gated = plan.problem.kind == FfnKind::kGated;
     Workspace w;
     w.panel = carver.take<T>(panel_elements(size.hidden, size.chunk_tokens));
     w.forced = carver.take<TokenMask>(size.tiles);
     w.segments = carver.take<Segment>(segments);
     w.entries = carver.take<Entry>(segments * size.block_neurons);
-    w.gate = carver.take<T>(segments * size.segment_values());
-    w.h = w.gate;
-    if (gated && plan.training) {
-      w.up = carver.take<T>(segments * size.segment_values());
-      w.h = carver.take<T>(segments * size.segment_values());
-    }
-    w.lists = carver.take<TileLists>(size.tiles);
+    w.values = carver.take<T>(segments * size.segment_values());
+    w.totals = carver.take<Totals>(size.tiles);
     if (size.use_heavy) {
+      w.heavy_entries = carver.take<HeavyEntry>(size.tiles * size.heavy_stride);
       w.heavy_neurons = carver.take<std::int32_t>(size.tiles * size.heavy_stride);
       w.heavy_h = carver.take<T>(size.tiles * size.tile_tokens * size.heavy_stride);
+      w.heavy_l1 = carver.take<double>(size.tiles * size.heavy_stride / kUpRows);
     }
-    w.light_start = carver.take<std::int64_t>(size.tiles * (size.tile_tokens + 1));
     w.light_neurons = carver.take<std::int32_t>(size.tiles * size.neurons);
+    w.light_start = carver.take<std::int64_t>(size.tiles * (size.tile_tokens + 1));
     w.light_index = carver.take<std::int32_t>(size.tiles * size.light_capacity);
     w.light_h = carver.take<T>(size.tiles * size.light_capacity);
     w.scratch = carver.take<Scratch<T>>(plan.device.threads);
@@ -127,8 +128,6 @@ struct Workspace {
       Scratch<T> s;
       s.product =
           carver.take<Acc<T>>(std::max(size.block_neurons, kUpRows) * padded(size.chunk_tokens));
-      s.rows = carver.take<std::int32_t>(size.block_neurons);
-      s.entry = carver.take<std::int32_t>(size.block_neurons);
       s.panel = carver.take<T>(panel_elements(kHeavyGroup, kDownColumns));
       s.light_down = carver.take<T>(size.light_capacity > 0 ? size.neurons * kDownColumns : 0);
       s.y = carver.take<Acc<T>>(size.tile_tokens * kDownColumns);
@@ -185,8 +184,24 @@ class Forward {
   Entry* entries(std::int64_t tile, std::int64_t block) {
     return work_.entries + (tile * size_.blocks + block) * size_.block_neurons;
   }
-  T* values(T* array, std::int64_t tile, std::int64_t block) {
-    return array + (tile * size_.blocks + block) * size_.segment_values();
+  T* values(std::int64_t tile, std::int64_t block) {
+    return work_.values + (tile * size_.blocks + block) * size_.segment_values();
+  }
+  // The active tokens of entry e of a segment.
+  std::int32_t count(std::int64_t tile, std::int64_t block, std::int32_t e) {
+    const Segment& s = segment(tile, block);
+    const Entry* list = entries(tile, block);
+    const auto end =
+        e + 1 < s.entries ? list[e + 1].first_value : static_cast<std::uint32_t>(s.values);
+    return static_cast<std::int32_t>(end - list[e].first_value);
+  }
+  // Where the backward will look for u; null if it will not.
+  T* saved_up(std::int64_t tile, std::int64_t block) {
+    if (!saved_.up) return nullptr;
+    return saved_.up + saved_tile(tile).first_value + segment(tile, block).first_value;
+  }
+  SavedTile& saved_tile(std::int64_t tile) {
+    return saved_.tiles[first_ / size_.tile_tokens + tile];
   }
   Scratch<T>& scratch() { return work_.scratch[omp_get_thread_num()]; }
   Rows<T> chunk_x() const { return {x_ + first_ * size_.hidden, size_.hidden}; }
@@ -201,19 +216,25 @@ class Forward {
       for (std::int64_t tile = 0; tile < tiles_; ++tile) mark_forced(tile);
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t block = 0; block < size_.blocks; ++block) gate(block);
-#pragma omp for schedule(dynamic, 1) collapse(2)
-      for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-        for (std::int64_t block = 0; block < size_.blocks; ++block) {
-          if (gated_) up(tile, block);
-          sum_segment(tile, block);
-        }
-      }
 #pragma omp single
       place_segments();
-      if (size_.use_heavy || saved_.tiles) {
-#pragma omp for schedule(dynamic, 1) collapse(2)
+      if (saved_.tiles || heavy_groups_ > 0) {
+#pragma omp for schedule(static) collapse(2)
         for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-          for (std::int64_t block = 0; block < size_.blocks; ++block) gather_segment(tile, block);
+          for (std::int64_t block = 0; block < size_.blocks; ++block) {
+            if (saved_.tiles) save_segment(tile, block);
+            if (heavy_groups_ > 0) list_heavy(tile, block);
+          }
+        }
+      }
+#pragma omp for schedule(dynamic, 1) collapse(2)
+      for (std::int64_t tile = 0; tile < tiles_; ++tile) {
+        for (std::int64_t unit = 0; unit < heavy_groups_ + size_.blocks; ++unit) {
+          if (unit < heavy_groups_) {
+            heavy_up(tile, unit);
+          } else {
+            light_up(tile, unit - heavy_groups_);
+          }
         }
       }
 #pragma omp for schedule(dynamic, 1)
@@ -223,6 +244,7 @@ class Forward {
         for (std::int64_t tile = 0; tile < tiles_; ++tile) down(tile, column);
       }
     }
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) l1_ += work_.totals[tile].l1;
   }
 
   // ---- 1. prepare
@@ -269,9 +291,9 @@ class Forward {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       Segment& s = segment(tile, block);
       Entry& entry = entries(tile, block)[s.entries];
-      const int count = kernels_.relu_pack(
-          product + tile * size_.tile_tokens, static_cast<int>(tile_size(tile)), work_.forced[tile],
-          &entry.tokens, values(work_.gate, tile, block) + s.values);
+      const int count =
+          kernels_.relu_pack(product + tile * size_.tile_tokens, static_cast<int>(tile_size(tile)),
+                             work_.forced[tile], &entry.tokens, values(tile, block) + s.values);
       if (count == 0) continue;
       entry.neuron = static_cast<std::int32_t>(neuron);
       entry.first_value = static_cast<std::uint32_t>(s.values);
@@ -283,72 +305,9 @@ class Forward {
     if (stats_.activity) stats_.activity[neuron] += activity;
   }
 
-  // ---- 3. up
-
-  void up(std::int64_t tile, std::int64_t block) {
-    const Segment& s = segment(tile, block);
-    const Entry* list = entries(tile, block);
-    Scratch<T>& own = scratch();
-    std::int64_t heavy = 0;
-    for (std::int32_t e = 0; e < s.entries; ++e) {
-      const int count = list[e].tokens.count();
-      if (e + 1 < s.entries) prefetch_row(up_ + list[e + 1].neuron * size_.hidden);
-      if (count >= plan_.heavy_tokens) {
-        own.rows[heavy] = list[e].neuron;
-        own.entry[heavy++] = e;
-      } else {
-        light_up(tile, block, list[e], count);
-      }
-    }
-    const Rows<T> weights{up_, size_.hidden, own.rows};
-    const T* panel = work_.panel + tile * size_.tile_tokens * padded(size_.hidden);
-    const std::int64_t ldc = padded(size_.tile_tokens);
-    for (std::int64_t first = 0; first < heavy; first += kUpRows) {
-      const std::int64_t rows = std::min(kUpRows, heavy - first);
-      kernels_.multiply(weights.from(first), rows, size_.hidden, panel, tile_size(tile),
-                        own.product, ldc, false, nullptr);
-      for (std::int64_t r = 0; r < rows; ++r) {
-        const Entry& entry = list[own.entry[first + r]];
-        const Acc<T>* u = own.product + r * ldc;
-        std::int64_t v = entry.first_value;
-        entry.tokens.for_each([&](int t) { apply_up(tile, block, v++, u[t]); });
-      }
-    }
-  }
-
-  void prefetch_row(const T* row) const {
-    constexpr std::int64_t line = 64 / sizeof(T);
-    for (std::int64_t k = 0; k < size_.hidden; k += line) __builtin_prefetch(row + k, 0, 2);
-  }
-
-  void light_up(std::int64_t tile, std::int64_t block, const Entry& entry, int count) {
-    std::int32_t tokens[kMaxTileTokens];
-    Acc<T> u[kMaxTileTokens];
-    std::int32_t* token = tokens;
-    entry.tokens.for_each([&](int t) { *token++ = t; });
-    const Rows<T> tile_x{chunk_x()[tile * size_.tile_tokens], size_.hidden, tokens};
-    const Rows<T> weight{up_ + entry.neuron * size_.hidden, size_.hidden};
-    kernels_.dots(weight, 1, tile_x, count, size_.hidden, u, kMaxTileTokens);
-    for (int i = 0; i < count; ++i) apply_up(tile, block, entry.first_value + i, u[i]);
-  }
-
-  void apply_up(std::int64_t tile, std::int64_t block, std::int64_t value, Acc<T> u) {
-    const T g = values(work_.gate, tile, block)[value];
-    if (work_.up) values(work_.up, tile, block)[value] = narrow<T>(u);
-    values(work_.h, tile, block)[value] = narrow<T>(widen(g) * u);
-  }
-
-  void sum_segment(std::int64_t tile, std::int64_t block) {
-    Segment& s = segment(tile, block);
-    const T* h = values(work_.h, tile, block);
-    double sum = 0;
-    for (std::int32_t v = 0; v < s.values; ++v) sum += std::abs(widen(h[v]));
-    s.l1 = sum;
-  }
-
-  // ---- 4. gather
-
+  // Fixes the order of what the segments hold.
   void place_segments() {
+    heavy_groups_ = 0;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       std::int64_t entries = 0, values = 0, heavy = 0;
       for (std::int64_t block = 0; block < size_.blocks; ++block) {
@@ -359,60 +318,116 @@ class Forward {
         entries += s.entries;
         values += s.values;
         heavy += s.heavy;
-        l1_ += s.l1;
       }
       l0_ += values;
-      work_.lists[tile].heavy = heavy;
-      if (heavy % 2 != 0) {  // a bf16 panel takes neurons in pairs
-        T* h = work_.heavy_h + tile * size_.tile_tokens * size_.heavy_stride + heavy;
-        for (std::int64_t t = 0; t < tile_size(tile); ++t) h[t * size_.heavy_stride] = T{};
-      }
+      work_.totals[tile] = {heavy, 0, 0};
+      heavy_groups_ = std::max(heavy_groups_, (heavy + kUpRows - 1) / kUpRows);
       if (saved_.tiles) {
-        saved_.tiles[first_ / size_.tile_tokens + tile] = {saved_entries_, entries, saved_values_,
-                                                           values};
+        saved_tile(tile) = {saved_entries_, entries, saved_values_, values};
         saved_entries_ += entries;
         saved_values_ += values;
       }
     }
   }
 
-  void gather_segment(std::int64_t tile, std::int64_t block) {
-    const Segment& s = segment(tile, block);
-    if (s.heavy > 0) gather_heavy(tile, block);
-    if (saved_.tiles) save_segment(tile, block);
-  }
-
-  void gather_heavy(std::int64_t tile, std::int64_t block) {
-    const Segment& s = segment(tile, block);
-    const Entry* list = entries(tile, block);
-    const T* h = values(work_.h, tile, block);
-    T* out = work_.heavy_h + tile * size_.tile_tokens * size_.heavy_stride + s.first_heavy;
-    std::int32_t* neuron = work_.heavy_neurons + tile * size_.heavy_stride + s.first_heavy;
-    for (std::int64_t t = 0; t < tile_size(tile); ++t) {
-      std::fill_n(out + t * size_.heavy_stride, s.heavy, T{});
-    }
-    for (std::int32_t e = 0; e < s.entries; ++e) {
-      if (list[e].tokens.count() < plan_.heavy_tokens) continue;
-      const T* value = h + list[e].first_value;
-      list[e].tokens.for_each([&](int t) { out[t * size_.heavy_stride] = *value++; });
-      *neuron++ = list[e].neuron;
-      ++out;
-    }
-  }
-
   void save_segment(std::int64_t tile, std::int64_t block) {
     const Segment& s = segment(tile, block);
-    const SavedTile& to = saved_.tiles[first_ / size_.tile_tokens + tile];
+    const SavedTile& to = saved_tile(tile);
     Entry* entry = saved_.entries + to.first_entry + s.first_entry;
     const Entry* list = entries(tile, block);
     for (std::int32_t e = 0; e < s.entries; ++e) {
       entry[e] = list[e];
       entry[e].first_value += static_cast<std::uint32_t>(s.first_value);
     }
-    const std::int64_t value = to.first_value + s.first_value;
-    std::copy_n(values(work_.gate, tile, block), s.values, saved_.gate + value);
-    if (saved_.up) std::copy_n(values(work_.up, tile, block), s.values, saved_.up + value);
+    std::copy_n(values(tile, block), s.values, saved_.gate + to.first_value + s.first_value);
   }
+
+  void list_heavy(std::int64_t tile, std::int64_t block) {
+    const Segment& s = segment(tile, block);
+    if (s.heavy == 0) return;
+    const Entry* list = entries(tile, block);
+    std::int64_t place = tile * size_.heavy_stride + s.first_heavy;
+    for (std::int32_t e = 0; e < s.entries; ++e) {
+      if (count(tile, block, e) < plan_.heavy_tokens) continue;
+      work_.heavy_entries[place] = {static_cast<std::int32_t>(block), e};
+      work_.heavy_neurons[place++] = list[e].neuron;
+    }
+  }
+
+  // ---- 3. up
+
+  // h of 32 heavy neurons, as columns of heavy_h.
+  void heavy_up(std::int64_t tile, std::int64_t group) {
+    const std::int64_t first = group * kUpRows;
+    const std::int64_t rows = std::min(kUpRows, work_.totals[tile].heavy - first);
+    if (rows <= 0) return;
+    const std::int64_t tokens = tile_size(tile);
+    const std::int64_t place = tile * size_.heavy_stride + first;
+    const Acc<T>* u = scratch().product;
+    const std::int64_t ldc = padded(size_.tile_tokens);
+    if (gated_) {
+      const T* panel = work_.panel + tile * size_.tile_tokens * padded(size_.hidden);
+      kernels_.multiply({up_, size_.hidden, work_.heavy_neurons + place}, rows, size_.hidden, panel,
+                        tokens, scratch().product, ldc, false, nullptr);
+    }
+    alignas(64) T h[kUpRows][kMaxTileTokens];
+    double l1 = 0;
+    for (std::int64_t r = 0; r < rows; ++r, u += ldc) {
+      const auto [block, e] = work_.heavy_entries[place + r];
+      const Entry& entry = entries(tile, block)[e];
+      kernels_.expand(values(tile, block) + entry.first_value, entry.tokens,
+                      static_cast<int>(tokens), h[r]);
+      if (gated_) kernels_.scale(h[r], u, tokens, h[r]);
+      if (T* saved = saved_up(tile, block)) {
+        saved += entry.first_value;
+        entry.tokens.for_each([&](int t) { *saved++ = narrow<T>(u[t]); });
+      }
+      l1 += kernels_.abs_sum(h[r], tokens);
+    }
+    work_.heavy_l1[tile * (size_.heavy_stride / kUpRows) + group] = l1;
+    const std::int64_t width = std::min(kUpRows, rows + rows % 2);  // panels take pairs of neurons
+    if (width > rows) std::fill_n(h[rows], tokens, T{});
+    T* out = work_.heavy_h + tile * size_.tile_tokens * size_.heavy_stride + first;
+    for (std::int64_t t = 0; t < tokens; ++t, out += size_.heavy_stride) {
+      for (std::int64_t r = 0; r < width; ++r) out[r] = h[r][t];
+    }
+  }
+
+  // g of a segment's light entries becomes h.
+  void light_up(std::int64_t tile, std::int64_t block) {
+    Segment& s = segment(tile, block);
+    const Entry* list = entries(tile, block);
+    const Rows<T> tile_x = chunk_x().from(tile * size_.tile_tokens);
+    double l1 = 0;
+    for (std::int32_t e = 0; e < s.entries; ++e) {
+      const std::int32_t active = count(tile, block, e);
+      if (active >= plan_.heavy_tokens) continue;
+      T* h = values(tile, block) + list[e].first_value;
+      if (gated_) {
+        if (e + 1 < s.entries) prefetch_row(up_ + list[e + 1].neuron * size_.hidden);
+        std::int32_t tokens[kMaxTileTokens];
+        Acc<T> u[kMaxTileTokens];
+        std::int32_t* token = tokens;
+        list[e].tokens.for_each([&](int t) { *token++ = t; });
+        kernels_.dots({up_ + list[e].neuron * size_.hidden, size_.hidden}, 1,
+                      {tile_x.data, tile_x.stride, tokens}, active, size_.hidden, u,
+                      kMaxTileTokens);
+        kernels_.scale(h, u, active, h);
+        if (T* saved = saved_up(tile, block)) {
+          kernels_.round(u, active, saved + list[e].first_value);
+        }
+      }
+      l1 += kernels_.abs_sum(h, active);
+    }
+    s.l1 = l1;
+  }
+
+  void prefetch_row(const T* row) const {
+    constexpr std::int64_t line = 64 / sizeof(T);
+    for (std::int64_t k = 0; k < size_.hidden; k += line) __builtin_prefetch(row + k, 0, 2);
+  }
+
+  // ---- 4. down
 
   // The light entries of a tile, turned from neuron by neuron to token by token.
   void list_light(std::int64_t tile) {
@@ -426,7 +441,8 @@ class Forward {
       entry.tokens.for_each([&](int t) { ++start[t + 1]; });
       neurons[light++] = entry.neuron;
     });
-    work_.lists[tile].light = light;
+    work_.totals[tile].light = light;
+    work_.totals[tile].l1 = sum_l1(tile);
     std::int64_t next[kMaxTileTokens];
     for (std::int64_t t = 0; t < size_.tile_tokens; ++t) {
       next[t] = start[t];
@@ -446,14 +462,23 @@ class Forward {
   void for_each_light(std::int64_t tile, Visit&& visit) {
     for (std::int64_t block = 0; block < size_.blocks; ++block) {
       const Entry* list = entries(tile, block);
-      const T* h = values(work_.h, tile, block);
       for (std::int32_t e = 0; e < segment(tile, block).entries; ++e) {
-        if (list[e].tokens.count() < plan_.heavy_tokens) visit(list[e], h + list[e].first_value);
+        if (count(tile, block, e) < plan_.heavy_tokens) {
+          visit(list[e], values(tile, block) + list[e].first_value);
+        }
       }
     }
   }
 
-  // ---- 5. down
+  double sum_l1(std::int64_t tile) {
+    double sum = 0;
+    for (std::int64_t block = 0; block < size_.blocks; ++block) sum += segment(tile, block).l1;
+    const std::int64_t groups = (work_.totals[tile].heavy + kUpRows - 1) / kUpRows;
+    for (std::int64_t group = 0; group < groups; ++group) {
+      sum += work_.heavy_l1[tile * (size_.heavy_stride / kUpRows) + group];
+    }
+    return sum;
+  }
 
   void down(std::int64_t tile, std::int64_t column) {
     const std::int64_t columns = std::min(kDownColumns, size_.hidden - column);
@@ -462,8 +487,8 @@ class Forward {
     std::fill_n(own.y, tokens * kDownColumns, Acc<T>(0));
 
     const T* h = work_.heavy_h + tile * size_.tile_tokens * size_.heavy_stride;
-    for (std::int64_t n = 0; n < work_.lists[tile].heavy; n += kHeavyGroup) {
-      const std::int64_t group = std::min(kHeavyGroup, work_.lists[tile].heavy - n);
+    for (std::int64_t n = 0; n < work_.totals[tile].heavy; n += kHeavyGroup) {
+      const std::int64_t group = std::min(kHeavyGroup, work_.totals[tile].heavy - n);
       const Rows<T> rows{down_ + column, size_.hidden,
                          work_.heavy_neurons + tile * size_.heavy_stride + n};
       kernels_.pack(rows, group, columns, own.panel);
@@ -474,8 +499,8 @@ class Forward {
     // Copied side by side: rows of D a power of two apart would share a few sets of the cache.
     const std::int32_t* neurons = work_.light_neurons + tile * size_.neurons;
     constexpr std::int64_t line = 64 / sizeof(T), ahead = 8;
-    for (std::int64_t i = 0; i < work_.lists[tile].light; ++i) {
-      if (i + ahead < work_.lists[tile].light) {
+    for (std::int64_t i = 0; i < work_.totals[tile].light; ++i) {
+      if (i + ahead < work_.totals[tile].light) {
         const T* later = down_ + neurons[i + ahead] * size_.hidden + column;
         for (std::int64_t k = 0; k < columns; k += line) __builtin_prefetch(later + k);
       }
@@ -511,6 +536,7 @@ class Forward {
   std::int64_t first_ = 0;
   std::int64_t tokens_ = 0;
   std::int64_t tiles_ = 0;
+  std::int64_t heavy_groups_ = 0;  // of the tile with the most
 
   // Running totals.
   std::int64_t l0_ = 0;

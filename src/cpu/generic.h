@@ -234,7 +234,8 @@ void generic_weighted_sum(Rows<T> rows, const T* weights, std::int64_t count, st
   }
 }
 
-// ---- all_finite, relu_pack, round ----------------------------------------------------------------------
+// ---- all_finite, relu_pack, round
+// ----------------------------------------------------------------------
 
 template <class T>
 struct BitsOf;
@@ -289,15 +290,50 @@ int generic_relu_pack(const Acc<T>* c, int tokens, TokenMask forced, TokenMask* 
 }
 
 template <class T>
+void generic_expand(const T* values, TokenMask mask, int tokens, T* out) {
+  for (int t = 0; t < padded(tokens); ++t) out[t] = T{};
+  for (int w = 0; w < kMaxTileTokens / 64; ++w) {
+    for (std::uint64_t left = mask.word[w]; left != 0; left &= left - 1) {
+      out[w * 64 + __builtin_ctzll(left)] = *values++;
+    }
+  }
+}
+
+template <class T>
+void generic_scale(const T* g, const Acc<T>* u, std::int64_t count, T* h) {
+  for (std::int64_t i = 0; i < count; ++i) narrow(widen(g[i]) * u[i], h + i);
+}
+
+template <class T>
+double generic_abs_sum(const T* values, std::int64_t count) {
+  constexpr int kLanes = 16;
+  Acc<T> lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Acc<T> value = widen(values[i + lane]);
+      lanes[lane] += value < 0 ? -value : value;
+    }
+  }
+  double sum = 0;
+  for (const Acc<T> lane : lanes) sum += lane;
+  for (; i < count; ++i) {
+    const Acc<T> value = widen(values[i]);
+    sum += value < 0 ? -value : value;
+  }
+  return sum;
+}
+
+template <class T>
 void generic_round(const Acc<T>* in, std::int64_t count, T* out) {
   for (std::int64_t i = 0; i < count; ++i) narrow(in[i], out + i);
 }
 
 template <class T>
 constexpr Kernels<T> generic_kernels() {
-  return {generic_pack_transposed<T>, generic_pack<T>,         generic_multiply<T>,
-          generic_dots<T>,            generic_weighted_sum<T>, generic_relu_pack<T>,
-          generic_all_finite<T>,      generic_round<T>};
+  return {generic_pack_transposed<T>, generic_pack<T>,       generic_multiply<T>, generic_dots<T>,
+          generic_weighted_sum<T>,    generic_relu_pack<T>,  generic_expand<T>,   generic_scale<T>,
+          generic_abs_sum<T>,         generic_all_finite<T>, generic_round<T>};
 }
 
 }  // namespace

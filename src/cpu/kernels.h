@@ -105,6 +105,16 @@ struct Kernels {
   // `forced`; their g go to `values`, ascending. Returns their number.
   int (*relu_pack)(const Acc<T>* c, int tokens, TokenMask forced, TokenMask* mask, T* values);
 
+  // out[t] = the next of `values` for each t in `mask`, else 0; t < padded(tokens). May read
+  // kPackSlack elements past the values.
+  void (*expand)(const T* values, TokenMask mask, int tokens, T* out);
+
+  // h[i] = T(g[i] · u[i]).
+  void (*scale)(const T* g, const Acc<T>* u, std::int64_t count, T* h);
+
+  // Σ |values[i]|.
+  double (*abs_sum)(const T* values, std::int64_t count);
+
   // Whether none of `count` values is NaN or infinite.
   bool (*all_finite)(const T* values, std::int64_t count);
 
