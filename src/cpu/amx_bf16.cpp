@@ -1,9 +1,9 @@
 // The dense product on AMX tiles: tdpbf16ps multiplies 16 × 32 by 32 × 16 bf16 in 16 cycles.
 //
-// In passes of kDepth along inner, so that a pass's part of the panel and all of c stay in the
-// second-level cache: a block of 32 rows of A is copied into 16-row tiles, which stay in the first
-// level (rows that are a power of two apart would evict each other), and the strips of the panel
-// stream past it. Each step multiplies 2 × 2 tiles.
+// In passes over a part of inner: the rows of A are copied into 16-row tiles (rows that are a power
+// of two apart would evict each other from the caches), and these stream from the second-level
+// cache past one strip of the panel after another, whose part stays in the first level. So the
+// panel, the largest operand, is read once per group of rows. Each step multiplies 2 × 2 tiles.
 
 #include <immintrin.h>
 
@@ -19,7 +19,10 @@ namespace {
 constexpr std::int64_t kTileRows = 16;
 constexpr std::int64_t kTileInner = 32;  // bf16 per tile row
 constexpr std::int64_t kBlockRows = 2 * kTileRows;
-constexpr std::int64_t kDepth = 512;  // inner elements per pass
+constexpr std::int64_t kCopiedElements = 64 * 1024;  // of A, in the second-level cache
+constexpr std::int64_t kDepth = 256;       // inner elements per pass: a strip's part is 16 KB
+constexpr std::int64_t kLongDepth = 2048;  // for few columns, where reading A takes the time and
+constexpr std::int64_t kFewColumns = 64;   // long pieces of rows stream best
 constexpr std::int64_t kTileElements = kTileRows * kTileInner;
 
 struct alignas(64) TileConfig {
@@ -136,26 +139,32 @@ inline void multiply_block(const bf16* block, std::int64_t rows, const bf16* str
 void amx_multiply(Rows<bf16> a, std::int64_t rows, std::int64_t inner, const bf16* panel,
                   std::int64_t columns, float* c, std::int64_t ldc, bool accumulate,
                   const bf16* next) {
-  alignas(64) bf16 block[kBlockRows * kDepth];
+  alignas(64) bf16 copy[kCopiedElements];
   const TileRegisters registers;
+  const bool few = columns <= kFewColumns;
   const std::int64_t strips = (columns + kPanelColumns - 1) / kPanelColumns;
-  const std::int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  for (std::int64_t k = 0; k < inner; k += kDepth) {
-    const std::int64_t depth = smaller(kDepth, inner - k);
-    const bool last = k + kDepth >= inner;
-    // What the next pass reads: the next columns of these rows, or the first of the next rows.
-    Prefetcher prefetcher(last      ? next
-                          : a.index ? nullptr
-                                    : a[0] + k + kDepth,
-                          a.stride, rows, smaller(kDepth, last ? inner : inner - k - kDepth),
-                          blocks * strips);
-    for (std::int64_t r = 0; r < rows; r += kBlockRows) {
-      const std::int64_t height = smaller(kBlockRows, rows - r);
-      copy_block(a.from(r), height, k, depth, block);
+  const std::int64_t pass = few ? kLongDepth : kDepth;
+  const std::int64_t group = kCopiedElements / pass;  // rows
+  for (std::int64_t top = 0; top < rows; top += group) {
+    const std::int64_t bottom = smaller(top + group, rows);
+    for (std::int64_t k = 0; k < inner; k += pass) {
+      const std::int64_t depth = smaller(pass, inner - k);
+      for (std::int64_t r = top; r < bottom; r += kBlockRows) {
+        copy_block(a.from(r), smaller(kBlockRows, rows - r), k, depth, copy + (r - top) * pass);
+      }
+      // Meanwhile, what the next pass copies: more of these rows, or the first of the next ones.
+      const bool last = k + pass >= inner;
+      const bf16* later = few || a.index ? nullptr : last ? next : a[top] + k + pass;
+      Prefetcher prefetcher(later, a.stride, bottom - top,
+                            smaller(pass, last ? inner : inner - k - pass),
+                            strips * ((bottom - top + kBlockRows - 1) / kBlockRows));
       for (std::int64_t j = 0; j < columns; j += kPanelColumns) {
-        prefetcher.step();
-        multiply_block(block, height, panel + j * padded(inner) + k * kPanelColumns, depth,
-                       c + r * ldc + j, ldc, accumulate || k > 0);
+        const bf16* strip = panel + j * padded(inner) + k * kPanelColumns;
+        for (std::int64_t r = top; r < bottom; r += kBlockRows) {
+          prefetcher.step();
+          multiply_block(copy + (r - top) * pass, smaller(kBlockRows, rows - r), strip, depth,
+                         c + r * ldc + j, ldc, accumulate || k > 0);
+        }
       }
     }
   }

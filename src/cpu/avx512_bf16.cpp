@@ -11,7 +11,8 @@
 namespace twell::cpu {
 namespace {
 
-constexpr std::int64_t kVec = 32;  // bf16 per vector
+constexpr std::int64_t kVec = 32;       // bf16 per vector
+constexpr std::int64_t kRowsAhead = 6;  // of scattered rows, to prefetch
 
 inline __m512i load_words(const bf16* from) { return _mm512_loadu_si512(from); }
 inline __m512i load_words(const bf16* from, std::int64_t count) {  // count < 32; the rest is 0
@@ -87,7 +88,11 @@ void pack(Rows<bf16> rows, std::int64_t inner, std::int64_t columns, bf16* panel
   for (std::int64_t k = 0; k < depth; k += 2) {
     const bf16* even = k < inner ? rows[k] : nullptr;
     const bf16* odd = k + 1 < inner ? rows[k + 1] : nullptr;
+    const bf16* ahead = rows[smaller(k + kRowsAhead, inner - 1)];
+    const bf16* ahead_odd = rows[smaller(k + kRowsAhead + 1, inner - 1)];
     for (std::int64_t j = 0; j < columns; j += kPanelColumns) {
+      __builtin_prefetch(ahead + j);
+      __builtin_prefetch(ahead_odd + j);
       const std::int64_t width = columns - j;
       const auto part = [&](const bf16* row) {
         return !row           ? _mm512_setzero_si512()
@@ -229,8 +234,6 @@ void dots(Rows<bf16> a, std::int64_t a_rows, Rows<bf16> b, std::int64_t b_rows, 
 }
 
 // ---- weighted_sum --------------------------------------------------------------------------
-
-constexpr std::int64_t kRowsAhead = 6;
 
 // kVectors × 32 columns, the last vector of `width` ≤ 32. Two rows are interleaved by unpack,
 // which works within 128-bit lanes; the sums are put in order once at the end.

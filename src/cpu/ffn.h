@@ -10,7 +10,7 @@ namespace twell::cpu {
 
 // Up to this many tokens the products are bound by reading the weights: rows are multiplied by
 // the tokens directly, and no panel is packed.
-inline constexpr std::int64_t kMaxDotTokens = 4;
+inline constexpr std::int64_t kMaxDotTokens = 8;
 
 // Calls visit.template operator()<T>() with the C++ type of `dtype`.
 template <class Visit>

@@ -6,7 +6,7 @@
 //               the workspace with room for the worst case, so nothing can overflow and no thread
 //               waits for another
 //   3. up       tile after tile, so that a tile's x stays in cache: neurons with many active
-//               tokens (heavy) by dense products, 32 at a time, the others (light) one by one
+//               tokens (heavy) by dense products, the others (light) one by one
 //   4. down     per (tile, block of hidden columns): the heavy neurons by dense products, the light
 //               ones token by token
 //
@@ -26,7 +26,7 @@
 namespace twell::cpu {
 namespace {
 
-constexpr std::int64_t kUpRows = 32;        // heavy neurons per dense up product
+constexpr std::int64_t kUpRows = 64;        // heavy neurons per dense up product
 constexpr std::int64_t kDownColumns = 256;  // hidden columns per unit of down work
 constexpr std::int64_t kHeavyGroup = 512;   // neurons per dense down product (a panel in L2)
 
@@ -65,6 +65,7 @@ struct Sizes {
         block_neurons(plan.block_neurons),
         blocks((neurons + block_neurons - 1) / block_neurons),
         heavy_stride(padded(neurons)),
+        heavy_groups((neurons + kUpRows - 1) / kUpRows),
         use_heavy(plan.heavy_tokens <= plan.tile_tokens),
         light_capacity(neurons * std::min<std::int64_t>(plan.heavy_tokens - 1, tile_tokens)) {}
 
@@ -72,6 +73,7 @@ struct Sizes {
 
   std::int64_t hidden, neurons, tile_tokens, chunk_tokens, tiles, block_neurons, blocks;
   std::int64_t heavy_stride;
+  std::int64_t heavy_groups;  // at most
   bool use_heavy;
   std::int64_t light_capacity;
 };
@@ -96,7 +98,7 @@ struct Workspace {
   HeavyEntry* heavy_entries = nullptr;    // [tiles, heavy_stride]
   std::int32_t* heavy_neurons = nullptr;  // [tiles, heavy_stride]
   T* heavy_h = nullptr;                   // [tiles, tile_tokens, heavy_stride]
-  double* heavy_l1 = nullptr;             // [tiles, heavy_stride / kUpRows]
+  double* heavy_l1 = nullptr;             // [tiles, heavy_groups]
   std::int32_t* light_neurons = nullptr;  // [tiles, neurons]
   std::int64_t* light_start = nullptr;    // [tiles, tile_tokens + 1] into the next two
   std::int32_t* light_index = nullptr;    // [tiles, light_capacity] into light_neurons, by token
@@ -117,7 +119,7 @@ struct Workspace {
       w.heavy_entries = carver.take<HeavyEntry>(size.tiles * size.heavy_stride);
       w.heavy_neurons = carver.take<std::int32_t>(size.tiles * size.heavy_stride);
       w.heavy_h = carver.take<T>(size.tiles * size.tile_tokens * size.heavy_stride);
-      w.heavy_l1 = carver.take<double>(size.tiles * size.heavy_stride / kUpRows);
+      w.heavy_l1 = carver.take<double>(size.tiles * size.heavy_groups);
     }
     w.light_neurons = carver.take<std::int32_t>(size.tiles * size.neurons);
     w.light_start = carver.take<std::int64_t>(size.tiles * (size.tile_tokens + 1));
@@ -356,7 +358,7 @@ class Forward {
 
   // ---- 3. up
 
-  // h of 32 heavy neurons, as columns of heavy_h.
+  // h of kUpRows heavy neurons, as columns of heavy_h.
   void heavy_up(std::int64_t tile, std::int64_t group) {
     const std::int64_t first = group * kUpRows;
     const std::int64_t rows = std::min(kUpRows, work_.totals[tile].heavy - first);
@@ -384,7 +386,7 @@ class Forward {
       }
       l1 += kernels_.abs_sum(h[r], tokens);
     }
-    work_.heavy_l1[tile * (size_.heavy_stride / kUpRows) + group] = l1;
+    work_.heavy_l1[tile * size_.heavy_groups + group] = l1;
     const std::int64_t width = std::min(kUpRows, rows + rows % 2);  // panels take pairs of neurons
     if (width > rows) std::fill_n(h[rows], tokens, T{});
     T* out = work_.heavy_h + tile * size_.tile_tokens * size_.heavy_stride + first;
@@ -475,7 +477,7 @@ class Forward {
     for (std::int64_t block = 0; block < size_.blocks; ++block) sum += segment(tile, block).l1;
     const std::int64_t groups = (work_.totals[tile].heavy + kUpRows - 1) / kUpRows;
     for (std::int64_t group = 0; group < groups; ++group) {
-      sum += work_.heavy_l1[tile * (size_.heavy_stride / kUpRows) + group];
+      sum += work_.heavy_l1[tile * size_.heavy_groups + group];
     }
     return sum;
   }
