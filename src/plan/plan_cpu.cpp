@@ -13,6 +13,7 @@ namespace {
 // Speeds of one thread, in GFLOP/s. Measured: see docs/kernels/cpu_ffn.md.
 struct Rates {
   double product;    // our dense product
+  double heavy;      // the same over the gathered rows of a union
   double dense;      // PyTorch's, which the dense path would use
   double light;      // row by row: dots and weighted sums
   int heavy_tokens;  // of 128: where the dense product overtakes row by row
@@ -22,30 +23,31 @@ Rates rates(DType dtype, CpuIsa isa) {
   if (dtype == DType::kBf16) {
     switch (isa) {
       case CpuIsa::kAmxBf16:
-        return {1000, 270, 60, 8};
+        return {1000, 650, 800, 30, 12};
       case CpuIsa::kAvx512Bf16:
-        return {350, 270, 60, 48};
+        return {480, 380, 310, 38, 32};
       case CpuIsa::kAvx2:
-        return {60, 60, 20, 48};
+        return {75, 70, 60, 20, 48};
       case CpuIsa::kPortable:
-        return {8, 8, 4, 64};
+        return {8, 8, 8, 4, 64};
     }
   }
   const double scale = dtype == DType::kFloat32 ? 1 : 0.5;
   switch (isa) {
     case CpuIsa::kAmxBf16:
     case CpuIsa::kAvx512Bf16:
-      return {100 * scale, 100 * scale, 25 * scale, 32};
+      return {100 * scale, 90 * scale, 100 * scale, 20 * scale, 32};
     case CpuIsa::kAvx2:
-      return {50 * scale, 60 * scale, 20 * scale, 48};
+      return {50 * scale, 45 * scale, 60 * scale, 15 * scale, 48};
     case CpuIsa::kPortable:
       break;
   }
-  return {12 * scale, 60 * scale, 6 * scale, 64};
+  return {12 * scale, 12 * scale, 60 * scale, 6 * scale, 64};
 }
 
-constexpr double kReadGbPerSecond = 10;  // of one thread, from memory
-constexpr double kMostReaders = 8;       // threads beyond which reading gets no faster
+constexpr double kReadGbPerSecond = 20;       // of one thread, from memory
+constexpr double kDenseReadGbPerSecond = 11;  // likewise, PyTorch's matrix-vector product
+constexpr double kMostReaders = 8;            // threads beyond which reading gets no faster
 
 constexpr std::int64_t kTileTokens = 128;
 constexpr std::int64_t kChunkTokens = 512;
@@ -74,19 +76,20 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
 
   const double threads = device.threads;
   const double matrix_bytes = neurons * hidden * static_cast<double>(size_of(problem.dtype));
-  const double read_ms = 1e-6 / (kReadGbPerSecond * std::min(threads, kMostReaders));
+  const double readers = std::min(threads, kMostReaders);
+  const double read_ms = tokens > 0 ? 1e-6 * matrix_bytes / (kReadGbPerSecond * readers) : 0;
+  const double dense_read_ms =
+      tokens > 0 ? 1e-6 * matrix_bytes / (kDenseReadGbPerSecond * readers) : 0;
   const double flop_ms = 1e-6 / threads;
   const double gate_flop = 2 * tokens * hidden * neurons;
   const double products = problem.kind == FfnKind::kGated ? 2 : 1;  // besides the gate's
 
   Prediction out;
-  out.dense_ms = (1 + products) * std::max(gate_flop * flop_ms / rate.dense,
-                                           tokens > 0 ? matrix_bytes * read_ms : 0);
-  const double gate_ms =
-      std::max(gate_flop * flop_ms / rate.product, tokens > 0 ? matrix_bytes * read_ms : 0);
+  out.dense_ms = (1 + products) * std::max(gate_flop * flop_ms / rate.dense, dense_read_ms);
+  const double gate_ms = std::max(gate_flop * flop_ms / rate.product, read_ms);
   const double light_ms = 2 * tokens * active * hidden * flop_ms / rate.light;
-  const double heavy_ms = 2 * tokens * in_union * hidden * flop_ms / rate.product;
-  const double rows_ms = tokens > 0 ? in_union / neurons * matrix_bytes * read_ms : 0;
+  const double heavy_ms = 2 * tokens * in_union * hidden * flop_ms / rate.heavy;
+  const double rows_ms = in_union / neurons * read_ms;
   out.sparse_ms = gate_ms + products * std::max(std::min(light_ms, heavy_ms), rows_ms);
   return out;
 }
