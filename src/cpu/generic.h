@@ -84,14 +84,24 @@ void generic_pack_transposed(Rows<T> rows, std::int64_t columns, std::int64_t in
 
 template <class T>
 void generic_pack(Rows<T> rows, std::int64_t inner, std::int64_t columns, T* panel) {
+  constexpr int pair = kPair<T>;
   const std::int64_t depth = padded(inner);
   for (std::int64_t first = 0; first < columns; first += kPanelColumns) {
-    T* strip = panel + first * depth;
+    T* out = panel + first * depth;
     const std::int64_t width = columns - first < kPanelColumns ? columns - first : kPanelColumns;
-    for (std::int64_t k = 0; k < depth; ++k) {
-      const T* row = k < inner ? rows[k] + first : nullptr;
-      for (std::int64_t j = 0; j < kPanelColumns; ++j) {
-        strip[strip_offset<T>(k, j)] = row && j < width ? row[j] : T{};
+    for (std::int64_t k = 0; k < depth; k += pair, out += pair * kPanelColumns) {
+      T part[pair][kPanelColumns] = {};
+      for (int i = 0; i < pair && k + i < inner; ++i) {
+        std::memcpy(part[i], rows[k + i] + first, static_cast<std::size_t>(width) * sizeof(T));
+      }
+      if constexpr (pair == 1) {
+        std::memcpy(out, part, sizeof part);
+      } else {
+        std::uint32_t words[kPanelColumns];
+        for (std::int64_t j = 0; j < kPanelColumns; ++j) {
+          words[j] = part[0][j].bits | static_cast<std::uint32_t>(part[1][j].bits) << 16;
+        }
+        std::memcpy(out, words, sizeof words);
       }
     }
   }
@@ -210,32 +220,61 @@ void generic_dots(Rows<T> a, std::int64_t a_rows, Rows<T> b, std::int64_t b_rows
 
 // ---- weighted_sum --------------------------------------------------------------------------
 
+// Columns whose sums fit the registers.
+constexpr std::int64_t kSumColumns = 8 * kVectorBytes / sizeof(float);
+
 template <class T>
-void generic_weighted_sum(Rows<T> rows, const T* weights, std::int64_t count, std::int64_t columns,
-                          Acc<T>* out) {
-  constexpr std::int64_t block = 64;
-  for (std::int64_t first = 0; first < columns; first += block) {
-    if (first + block <= columns) {
-      Acc<T> acc[block];
-      std::memcpy(acc, out + first, sizeof acc);
-      for (std::int64_t i = 0; i < count; ++i) {
-        const T* row = rows[i] + first;
-        const Acc<T> weight = widen(weights[i]);
-        for (std::int64_t j = 0; j < block; ++j) acc[j] += weight * widen(row[j]);
-      }
-      std::memcpy(out + first, acc, sizeof acc);
-    } else {
-      for (std::int64_t i = 0; i < count; ++i) {
-        const T* row = rows[i];
-        const Acc<T> weight = widen(weights[i]);
-        for (std::int64_t j = first; j < columns; ++j) out[j] += weight * widen(row[j]);
-      }
+inline void sum_block(Rows<T> rows, const T* weights, std::int64_t count, std::int64_t first,
+                      Acc<T>* out) {
+  using V = typename VecOf<Acc<T>>::type;
+  constexpr std::int64_t lanes = sizeof(V) / sizeof(T);
+  constexpr std::int64_t vectors = kSumColumns / lanes;
+  V acc[vectors];
+  for (int v = 0; v < vectors; ++v) acc[v] = load<V>(out + first + v * lanes);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const T* row = rows[i] + first;
+    for (int v = 0; v < vectors; ++v) acc[v] += weights[i] * load<V>(row + v * lanes);
+  }
+  for (int v = 0; v < vectors; ++v) store(out + first + v * lanes, acc[v]);
+}
+
+inline void sum_block(Rows<bf16> rows, const bf16* weights, std::int64_t count, std::int64_t first,
+                      float* out) {
+  constexpr int lanes = kVectorBytes / 4;
+  constexpr int vectors = kSumColumns / lanes / 2;
+  FloatVec even[vectors] = {}, odd[vectors] = {};
+  for (std::int64_t i = 0; i < count; ++i) {
+    const bf16* row = rows[i] + first;
+    const float weight = to_float(weights[i]);
+    for (int v = 0; v < vectors; ++v) {
+      const WordVec pairs = load<WordVec>(row + v * lanes * 2);
+      even[v] += weight * low_half(pairs);
+      odd[v] += weight * high_half(pairs);
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      out[first + (v * lanes + lane) * 2] += even[v][lane];
+      out[first + (v * lanes + lane) * 2 + 1] += odd[v][lane];
     }
   }
 }
 
-// ---- all_finite, relu_pack, round
-// ----------------------------------------------------------------------
+template <class T>
+void generic_weighted_sum(Rows<T> rows, const T* weights, std::int64_t count, std::int64_t columns,
+                          Acc<T>* out) {
+  std::int64_t first = 0;
+  for (; first + kSumColumns <= columns; first += kSumColumns) {
+    sum_block(rows, weights, count, first, out);
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    const T* row = rows[i];
+    const Acc<T> weight = widen(weights[i]);
+    for (std::int64_t j = first; j < columns; ++j) out[j] += weight * widen(row[j]);
+  }
+}
+
+// ---- element by element --------------------------------------------------------------------
 
 template <class T>
 struct BitsOf;

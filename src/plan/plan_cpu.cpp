@@ -27,9 +27,9 @@ Rates rates(DType dtype, CpuIsa isa) {
       case CpuIsa::kAvx512Bf16:
         return {480, 380, 310, 38, 32};
       case CpuIsa::kAvx2:
-        return {75, 70, 60, 20, 48};
+        return {80, 60, 28, 30, 48};
       case CpuIsa::kPortable:
-        return {8, 8, 8, 4, 64};
+        return {37, 30, 10, 15, 64};
     }
   }
   const double scale = dtype == DType::kFloat32 ? 1 : 0.5;
