@@ -126,7 +126,13 @@ class Backward {
         }
       }
 #pragma omp for schedule(dynamic, 1)
-      for (std::int64_t block = 0; block < weight_blocks; ++block) light_weights(block);
+      for (std::int64_t block = 0; block < weight_blocks; ++block) list_neurons(block);
+#pragma omp for schedule(dynamic, 1) collapse(2)
+      for (int source = 0; source < 2; ++source) {
+        for (std::int64_t column = 0; column < size_.hidden; column += size_.slab_columns) {
+          light_weights(source == 0 ? x_ : dy_, column);
+        }
+      }
 #pragma omp single
       list_chunk_heavy();
 #pragma omp for schedule(static)
@@ -154,9 +160,12 @@ class Backward {
 
   void view_tile(std::int64_t tile) {
     const SavedTile& saved = saved_.tiles[first_ / size_.tile_tokens + tile];
-    work_.views[tile] = {saved_.entries + saved.first_entry, saved.entries,
+    work_.views[tile] = {saved_.entries + saved.first_entry,
+                         saved.entries,
                          saved_.gate + saved.first_value,
-                         saved_.up ? saved_.up + saved.first_value : nullptr, 0};
+                         saved_.up ? saved_.up + saved.first_value : nullptr,
+                         0,
+                         0};
     TokenMask forced = {};
     for (std::int64_t t = 0; t < tile_size(tile); ++t) {
       const T* dy = chunk_rows(dy_)[tile * size_.tile_tokens + t];
@@ -176,7 +185,7 @@ class Backward {
     Entry* entries = work_.completed + tile * size_.neurons;
     T* gate = tile_values(work_.projection[0].values, tile);
     T* up = size_.gated ? tile_values(work_.projection[1].values, tile) : nullptr;
-    view = {entries, size_.neurons, gate, up, 0};
+    view = {entries, size_.neurons, gate, up, 0, 0};
     const Entry* from = saved.entries;
     std::uint32_t to = 0;
     for (std::int32_t n = 0; n < size_.neurons; ++n) {
@@ -301,26 +310,33 @@ class Backward {
   // The light entries of a tile, token by token.
   void list_light(std::int64_t tile) {
     std::int64_t* start = work_.light_start + tile * (size_.tile_tokens + 1);
-    std::int32_t* neurons = work_.light_neurons + tile * size_.light_capacity;
+    std::int32_t* neurons = work_.light_neurons + tile * size_.neurons;
+    std::int32_t* index = work_.light_index + tile * size_.light_capacity;
     std::fill_n(start, size_.tile_tokens + 1, 0);
-    for_each_light(
-        tile, [&](const Entry& entry) { entry.tokens.for_each([&](int t) { ++start[t + 1]; }); });
+    std::int32_t light = 0;
+    for_each_light(tile, [&](const Entry& entry) {
+      entry.tokens.for_each([&](int t) { ++start[t + 1]; });
+      neurons[light++] = entry.neuron;
+    });
+    work_.views[tile].light = light;
     std::int64_t next[kMaxTileTokens];
     for (std::int64_t t = 0; t < size_.tile_tokens; ++t) {
       next[t] = start[t];
       start[t + 1] += start[t];
     }
+    light = 0;
     for_each_light(tile, [&](const Entry& entry) {
       std::int64_t value = entry.first_value;
       entry.tokens.for_each([&](int t) {
         const std::int64_t to = next[t]++;
-        neurons[to] = entry.neuron;
+        index[to] = light;
         for (int p = 0; p < size_.projections; ++p) {
           const Coefficients<T>& c = work_.projection[p];
           c.light[tile * size_.light_capacity + to] = tile_values(c.values, tile)[value];
         }
         ++value;
       });
+      ++light;
     });
   }
 
@@ -355,16 +371,32 @@ class Backward {
 
     const std::int64_t* start = work_.light_start + tile * (size_.tile_tokens + 1);
     const std::int64_t light = tile * size_.light_capacity;
+    for (int p = 0; p < size_.projections; ++p) {
+      const Rows<T> rows{weights_[p] + column, size_.hidden,
+                         work_.light_neurons + tile * size_.neurons};
+      copy_rows(rows, work_.views[tile].light, columns, own.light_rows, kDxColumns);
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        const Rows<T> copied{own.light_rows, kDxColumns, work_.light_index + light + start[t]};
+        kernels_.weighted_sum(copied, work_.projection[p].light + light + start[t],
+                              start[t + 1] - start[t], columns, own.dx + t * kDxColumns);
+      }
+    }
     T* out = dx_ + (first_ + tile * size_.tile_tokens) * size_.hidden + column;
     for (std::int64_t t = 0; t < tokens; ++t) {
-      Acc<T>* sums = own.dx + t * kDxColumns;
-      for (int p = 0; p < size_.projections; ++p) {
-        const Rows<T> rows{weights_[p] + column, size_.hidden,
-                           work_.light_neurons + light + start[t]};
-        kernels_.weighted_sum(rows, work_.projection[p].light + light + start[t],
-                              start[t + 1] - start[t], columns, sums);
+      kernels_.round(own.dx + t * kDxColumns, columns, out + t * size_.hidden);
+    }
+  }
+
+  // Copies rows side by side: rows a power of two apart would share a few sets of the cache.
+  static void copy_rows(Rows<T> rows, std::int64_t count, std::int64_t columns, T* to,
+                        std::int64_t stride) {
+    constexpr std::int64_t line = 64 / sizeof(T), ahead = 8;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (i + ahead < count) {
+        const T* later = rows[i + ahead];
+        for (std::int64_t k = 0; k < columns; k += line) __builtin_prefetch(later + k);
       }
-      kernels_.round(sums, columns, out + t * size_.hidden);
+      std::copy_n(rows[i], columns, to + i * stride);
     }
   }
 
@@ -383,52 +415,66 @@ class Backward {
            view.entries;
   }
 
-  void light_weights(std::int64_t block) {
-    Scratch<T>& own = scratch();
+  // The chunk's tokens for which each neuron of a block is active, and its coefficients in each
+  // product, unless it is heavy.
+  void list_neurons(std::int64_t block) {
+    std::int64_t* cursor = scratch().cursor;  // per tile: the first entry not before the neuron
     const std::int64_t first = block * kProductRows;
     const std::int64_t last = std::min(first + kProductRows, size_.neurons);
-    for (std::int64_t tile = 0; tile < tiles_; ++tile) own.cursor[tile] = find(tile, first);
+    for (std::int64_t tile = 0; tile < tiles_; ++tile) cursor[tile] = find(tile, first);
+    std::int64_t to = first * size_.chunk_light;
     for (std::int64_t n = first; n < last; ++n) {
-      const std::int64_t active = list_tokens(n, own);
-      work_.chunk_heavy[n] = heavy_over_chunk(active);
-      if (work_.chunk_heavy[n]) continue;
-      for (std::int64_t column = 0; column < size_.hidden; column += kWeightColumns) {
-        const std::int64_t columns = std::min(kWeightColumns, size_.hidden - column);
+      NeuronList& list = work_.lists[n];
+      list = {to, 0, false};
+      for_each_tile_of(
+          n, cursor, [&](std::int64_t, const Entry& entry) { list.count += entry.tokens.count(); });
+      list.heavy = heavy_over_chunk(list.count);
+      for_each_tile_of(n, cursor, [&](std::int64_t tile, const Entry& entry) {
+        ++cursor[tile];
+        if (list.heavy) return;
         for (int p = 0; p < products_; ++p) {
-          const Rows<T> rows{chunk_rows(product_[p].source)[0] + column, size_.hidden, own.tokens};
-          std::fill_n(own.sums, columns, Acc<T>(0));
-          kernels_.weighted_sum(rows, own.weights + p * size_.chunk_tokens, active, columns,
-                                own.sums);
-          finish(product_[p], n, column, columns, own.sums);
+          std::copy_n(tile_values(product_[p].coefficients, tile) + entry.first_value,
+                      entry.tokens.count(), work_.weights[p] + to);
         }
-      }
+        entry.tokens.for_each([&](int t) {
+          work_.tokens[to++] = static_cast<std::int32_t>(tile * size_.tile_tokens + t);
+        });
+      });
     }
   }
 
-  // The chunk's tokens for which neuron n is active, and its coefficients in each product. The
-  // cursors stand at the first entries of n or later, and move past n.
-  std::int64_t list_tokens(std::int64_t n, Scratch<T>& own) {
-    std::int64_t active = 0;
+  template <class Visit>
+  void for_each_tile_of(std::int64_t neuron, const std::int64_t* cursor, Visit&& visit) {
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       const TileView<T>& view = work_.views[tile];
-      if (own.cursor[tile] == view.count || view.entries[own.cursor[tile]].neuron != n) continue;
-      const Entry& entry = view.entries[own.cursor[tile]++];
-      const std::int64_t before = active;
-      entry.tokens.for_each([&](int t) {
-        own.tokens[active++] = static_cast<std::int32_t>(tile * size_.tile_tokens + t);
-      });
+      const Entry* entry = view.entries + cursor[tile];
+      if (cursor[tile] != view.count && entry->neuron == neuron) visit(tile, *entry);
+    }
+  }
+
+  // The gradients of all light neurons that come from `source`, for a few hidden columns.
+  void light_weights(const T* source, std::int64_t column) {
+    Scratch<T>& own = scratch();
+    const std::int64_t columns = std::min(size_.slab_columns, size_.hidden - column);
+    const Rows<T> rows{chunk_rows(source)[0] + column, size_.hidden};
+    copy_rows(rows, tokens_, columns, own.slab, size_.slab_columns);
+    for (std::int64_t n = 0; n < size_.neurons; ++n) {
+      const NeuronList& list = work_.lists[n];
+      if (list.heavy) continue;
       for (int p = 0; p < products_; ++p) {
-        std::copy_n(tile_values(product_[p].coefficients, tile) + entry.first_value,
-                    active - before, own.weights + p * size_.chunk_tokens + before);
+        if (product_[p].source != source) continue;
+        std::fill_n(own.sums, columns, Acc<T>(0));
+        kernels_.weighted_sum({own.slab, size_.slab_columns, work_.tokens + list.first},
+                              work_.weights[p] + list.first, list.count, columns, own.sums);
+        finish(product_[p], n, column, columns, own.sums);
       }
     }
-    return active;
   }
 
   void list_chunk_heavy() {
     chunk_heavy_ = 0;
     for (std::int32_t n = 0; n < size_.neurons; ++n) {
-      if (work_.chunk_heavy[n]) work_.chunk_heavy[chunk_heavy_++] = n;
+      if (work_.lists[n].heavy) work_.chunk_heavy[chunk_heavy_++] = n;
     }
   }
 

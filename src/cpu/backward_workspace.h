@@ -18,7 +18,11 @@ inline constexpr std::int64_t kEntryBlock = 128;       // entries per unit of wo
 inline constexpr std::int64_t kProductRows = 32;       // rows per call of multiply
 inline constexpr std::int64_t kDxColumns = 256;        // hidden columns per unit of dx work
 inline constexpr std::int64_t kHeavyGroup = 512;     // neurons per dense dx product (a panel in L2)
-inline constexpr std::int64_t kWeightColumns = 512;  // hidden columns per step of weight gradients
+inline constexpr std::int64_t kWeightColumns = 512;  // hidden columns per heavy weight product
+// Of x or dy, copied for light neurons. Smaller slabs stay in L2, but then rows of the gradients
+// are written in more, shorter pieces: 512 KB took 25% longer than 2 MB for 111 active neurons a
+// token.
+inline constexpr std::int64_t kSlabBytes = 2 << 20;
 
 constexpr std::int64_t divide_up(std::int64_t n, std::int64_t unit) {
   return (n + unit - 1) / unit;
@@ -39,7 +43,13 @@ struct Sizes {
         // An odd number of cache lines, so that a column's rows fall into different cache sets.
         heavy_stride(padded(neurons) + ((padded(neurons) / 32) % 2 == 0 ? 32 : 0)),
         use_heavy(plan.heavy_tokens <= plan.tile_tokens),
-        light_capacity(neurons * std::min<std::int64_t>(plan.heavy_tokens - 1, tile_tokens)) {}
+        light_capacity(neurons * std::min<std::int64_t>(plan.heavy_tokens - 1, tile_tokens)),
+        chunk_light(
+            std::min(divide_up(plan.heavy_tokens * chunk_tokens, tile_tokens), chunk_tokens)),
+        slab_columns(std::clamp<std::int64_t>(
+            kSlabBytes / static_cast<std::int64_t>(size_of(plan.problem.dtype)) /
+                std::max<std::int64_t>(chunk_tokens, 1) / 32 * 32,
+            32, kWeightColumns)) {}
 
   std::int64_t tile_values() const { return tile_tokens * neurons; }
   std::int64_t chunk_stride() const { return padded(chunk_tokens) + 32; }
@@ -48,7 +58,9 @@ struct Sizes {
   int projections;
   std::int64_t hidden, neurons, tile_tokens, chunks, tiles, chunk_tokens, blocks, heavy_stride;
   bool use_heavy;
-  std::int64_t light_capacity;
+  std::int64_t light_capacity;  // light places of a tile
+  std::int64_t chunk_light;     // tokens of a chunk for which a light neuron may be active
+  std::int64_t slab_columns;    // hidden columns per unit of light weight work
 };
 
 // The entries of a tile: the forward's, or a completed copy.
@@ -59,6 +71,7 @@ struct TileView {
   const T* gate;
   const T* up;
   std::int64_t heavy;
+  std::int64_t light;
 };
 
 // dg or du of a chunk, in the three orders it is needed in.
@@ -77,6 +90,13 @@ struct Coefficients {
   }
 };
 
+// Where a neuron's tokens and coefficients over a chunk lie, if it is light there.
+struct NeuronList {
+  std::int64_t first;
+  std::int32_t count;
+  bool heavy;
+};
+
 // What one thread needs for itself.
 template <class T>
 struct Scratch {
@@ -84,11 +104,11 @@ struct Scratch {
   std::int32_t* rows = nullptr;    // [kEntryBlock] heavy neurons of a block of entries
   std::int64_t* entry = nullptr;   // [kEntryBlock] their entries
   T* panel = nullptr;              // [kHeavyGroup, kDxColumns]
+  T* light_rows = nullptr;         // [neurons, kDxColumns] of a tile's light neurons
   Acc<T>* dx = nullptr;            // [tile_tokens, kDxColumns]
   std::int64_t* cursor = nullptr;  // [tiles]
-  std::int32_t* tokens = nullptr;  // [chunk_tokens] where a neuron is active
-  T* weights = nullptr;            // [3, chunk_tokens] its coefficients there
-  T* dense = nullptr;              // [kProductRows, chunk_stride] those of several neurons
+  T* slab = nullptr;               // [chunk_tokens, slab_columns] of x or dy
+  T* dense = nullptr;              // [kProductRows, chunk_stride] coefficients of heavy neurons
   Acc<T>* sums = nullptr;          // [kProductRows, kWeightColumns]
 };
 
@@ -104,8 +124,12 @@ struct Workspace {
   std::int64_t* heavy_before = nullptr;   // [tiles, blocks] heavy entries, then those before
   std::int32_t* heavy_neurons = nullptr;  // [tiles, heavy_stride]
   std::int64_t* light_start = nullptr;    // [tiles, tile_tokens + 1]
-  std::int32_t* light_neurons = nullptr;  // [tiles, light_capacity]
-  std::int32_t* chunk_heavy = nullptr;    // [neurons] 1 where heavy over the chunk; then their list
+  std::int32_t* light_neurons = nullptr;  // [tiles, neurons]
+  std::int32_t* light_index = nullptr;    // [tiles, light_capacity] into light_neurons, by token
+  NeuronList* lists = nullptr;            // [neurons] over the chunk, into the next two
+  std::int32_t* tokens = nullptr;         // [neurons, chunk_light] where light neurons are active
+  T* weights[3] = {};                     // likewise: their coefficients in each product
+  std::int32_t* chunk_heavy = nullptr;    // [neurons] those heavy over the chunk
   Acc<T>* totals = nullptr;               // [projections + 1, neurons, hidden] if several chunks
   Scratch<T>* scratch = nullptr;          // [threads]; its arrays follow
 
@@ -126,7 +150,13 @@ struct Workspace {
     w.h = carver.take<T>(size.tiles * size.tile_values());
     w.heavy_before = carver.take<std::int64_t>(size.tiles * size.blocks);
     w.light_start = carver.take<std::int64_t>(size.tiles * (size.tile_tokens + 1));
-    w.light_neurons = carver.take<std::int32_t>(size.tiles * size.light_capacity);
+    w.light_neurons = carver.take<std::int32_t>(size.tiles * size.neurons);
+    w.light_index = carver.take<std::int32_t>(size.tiles * size.light_capacity);
+    w.lists = carver.take<NeuronList>(size.neurons);
+    w.tokens = carver.take<std::int32_t>(size.neurons * size.chunk_light);
+    for (int p = 0; p <= size.projections; ++p) {
+      w.weights[p] = carver.take<T>(size.neurons * size.chunk_light);
+    }
     w.chunk_heavy = carver.take<std::int32_t>(size.neurons);
     if (size.chunks > 1) {
       w.totals = carver.take<Acc<T>>((size.projections + 1) * size.neurons * size.hidden);
@@ -138,10 +168,10 @@ struct Workspace {
       s.rows = carver.take<std::int32_t>(kEntryBlock);
       s.entry = carver.take<std::int64_t>(kEntryBlock);
       s.panel = carver.take<T>(panel_elements(kHeavyGroup, kDxColumns));
+      s.light_rows = carver.take<T>(size.light_capacity > 0 ? size.neurons * kDxColumns : 0);
       s.dx = carver.take<Acc<T>>(size.tile_tokens * kDxColumns);
       s.cursor = carver.take<std::int64_t>(size.tiles);
-      s.tokens = carver.take<std::int32_t>(size.chunk_tokens);
-      s.weights = carver.take<T>(3 * size.chunk_tokens);
+      s.slab = carver.take<T>(size.chunk_tokens * size.slab_columns);
       s.dense = carver.take<T>(kProductRows * size.chunk_stride());
       s.sums = carver.take<Acc<T>>(kProductRows * kWeightColumns);
       if (w.scratch) w.scratch[thread] = s;

@@ -243,7 +243,7 @@ void expect_matches_on_every_isa(const Case<T>& c) {
   const Oracle want = oracle(c);
   for (const CpuIsa isa : machine_isas()) {
     SCOPED_TRACE(describe(c, isa));
-    Pass<T> run(c, device_of(isa, 2));
+    Pass<T> run(c, device_of(isa, 1));
     run.backward();
     expect_matches(want, run);
   }
