@@ -154,9 +154,10 @@ void amx_multiply(Rows<bf16> a, std::int64_t rows, std::int64_t inner, const bf1
       }
       // Meanwhile, what the next pass copies: more of these rows, or the first of the next ones.
       const bool last = k + pass >= inner;
-      const bf16* later = few || a.index ? nullptr : last ? next : a[top] + k + pass;
-      Prefetcher prefetcher(later, a.stride, bottom - top,
-                            smaller(pass, last ? inner : inner - k - pass),
+      Rows<bf16> later = last ? Rows<bf16>{next, a.stride} : a.from(top);
+      if (!last) later.data += k + pass;
+      if (few) later.data = nullptr;
+      Prefetcher prefetcher(later, bottom - top, smaller(pass, last ? inner : inner - k - pass),
                             strips * ((bottom - top + kBlockRows - 1) / kBlockRows));
       for (std::int64_t j = 0; j < columns; j += kPanelColumns) {
         const bf16* strip = panel + j * padded(inner) + k * kPanelColumns;

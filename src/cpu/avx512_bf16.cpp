@@ -139,7 +139,7 @@ inline void multiply_rows(Rows<bf16> a, std::int64_t inner, const bf16* strip, f
 void multiply(Rows<bf16> a, std::int64_t rows, std::int64_t inner, const bf16* panel,
               std::int64_t columns, float* c, std::int64_t ldc, bool accumulate, const bf16* next) {
   Prefetcher prefetcher(
-      next, a.stride, rows, inner,
+      {next, a.stride}, rows, inner,
       (columns + kPanelColumns - 1) / kPanelColumns * ((rows + kBlockRows - 1) / kBlockRows));
   for (std::int64_t j = 0; j < columns; j += kPanelColumns) {
     const bf16* strip = panel + j * padded(inner);

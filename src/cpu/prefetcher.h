@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "twell/types.h"
+#include "cpu/kernels.h"
 
 namespace twell::cpu {
 namespace {  // compiled once per instruction set
@@ -12,21 +12,19 @@ namespace {  // compiled once per instruction set
 // of its own, which the hardware prefetchers do not foresee.
 class Prefetcher {
  public:
-  Prefetcher(const bf16* first, std::int64_t stride, std::int64_t rows, std::int64_t inner,
-             std::int64_t steps)
-      : row_(first),
-        stride_(stride),
+  Prefetcher(Rows<bf16> rows, std::int64_t count, std::int64_t inner, std::int64_t steps)
+      : rows_(rows),
         inner_(inner),
-        left_(first ? rows * ((inner + kLine - 1) / kLine) : 0),
-        portion_((left_ + steps - 1) / (steps > 0 ? steps : 1)) {}
+        left_(rows.data ? count * ((inner + kLine - 1) / kLine) : 0),
+        portion_(steps > 0 ? (left_ + steps - 1) / steps : 0) {}
 
   void step() {
     for (std::int64_t i = 0; i < portion_ && left_ > 0; ++i, --left_) {
-      __builtin_prefetch(row_ + column_, 0, 2);
+      __builtin_prefetch(rows_[row_] + column_, 0, 2);
       column_ += kLine;
       if (column_ >= inner_) {
         column_ = 0;
-        row_ += stride_;
+        ++row_;
       }
     }
   }
@@ -34,11 +32,11 @@ class Prefetcher {
  private:
   static constexpr std::int64_t kLine = 64 / sizeof(bf16);
 
-  const bf16* row_;
-  std::int64_t stride_;
+  Rows<bf16> rows_;
   std::int64_t inner_;
   std::int64_t left_;
   std::int64_t portion_;
+  std::int64_t row_ = 0;
   std::int64_t column_ = 0;
 };
 
