@@ -1,5 +1,7 @@
 // The `twell` program: subcommands register themselves; every error ends here as one line.
 
+#include <c10/util/Exception.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdlib>
 #include <exception>

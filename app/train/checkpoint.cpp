@@ -1,0 +1,79 @@
+#include "app/train/checkpoint.h"
+
+#include <map>
+#include <string>
+
+#include "app/error.h"
+#include "app/hf/safetensors.h"
+
+namespace twell::app {
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(L1Controller, target, initial, warmup, arrival, lambda, active,
+                                   departure, error)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(FfnDensity, active, tile_union)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(FfnChooser, calls, density)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, controller, choosers,
+                                   corpus_hash)
+
+namespace {
+
+constexpr const char* kFormat = "twell-training-1";
+
+std::map<std::string, torch::Tensor> all_tensors(const Llama& model, const AdamW& optimizer) {
+  std::map<std::string, torch::Tensor> tensors = optimizer.state();
+  for (const auto& [name, value] : model.parameters()) tensors[name] = value.detach();
+  return tensors;
+}
+
+}  // namespace
+
+std::filesystem::path checkpoint_path(const std::filesystem::path& folder) {
+  return folder / "checkpoint.safetensors";
+}
+
+void save_checkpoint(const std::filesystem::path& folder, const TrainingState& state,
+                     const Llama& model, const AdamW& optimizer) {
+  write_safetensors(checkpoint_path(folder), all_tensors(model, optimizer),
+                    {{"format", kFormat}, {"state", nlohmann::json(state).dump()}});
+}
+
+TrainingState read_checkpoint_state(const std::filesystem::path& folder) {
+  const std::filesystem::path path = checkpoint_path(folder);
+  if (!std::filesystem::exists(path)) {
+    throw Error("nothing to resume: there is no " + path.string());
+  }
+  const auto metadata = Safetensors::open(path).metadata();
+  const auto format = metadata.find("format");
+  const auto state = metadata.find("state");
+  if (format == metadata.end() || format->second != kFormat || state == metadata.end()) {
+    throw Error(path.string() + ": not a checkpoint of this version of twell train (" + kFormat +
+                ")");
+  }
+  try {
+    return nlohmann::json::parse(state->second).get<TrainingState>();
+  } catch (const nlohmann::json::exception& error) {
+    throw Error(path.string() + ": its state is damaged: " + error.what());
+  }
+}
+
+void read_checkpoint_tensors(const std::filesystem::path& folder, const TrainingState& state,
+                             Llama& model, AdamW& optimizer) {
+  const torch::NoGradGuard no_grad;
+  const Safetensors file = Safetensors::open(checkpoint_path(folder));
+  for (auto& [name, target] : all_tensors(model, optimizer)) {
+    const auto found = file.tensors().find(name);
+    if (found == file.tensors().end() || target.sizes() != found->second.shape ||
+        found->second.dtype != torch::kFloat32) {
+      throw Error(checkpoint_path(folder).string() + ": tensor '" + name +
+                  "' is missing or does not fit " + (folder / "config.json").string());
+    }
+    target.copy_(file.load(name));
+  }
+  if (state.choosers.size() != model.choosers().size()) {
+    throw Error(checkpoint_path(folder).string() + ": written for another number of layers");
+  }
+  model.choosers() = state.choosers;
+  optimizer.set_steps(state.step);
+}
+
+}  // namespace twell::app

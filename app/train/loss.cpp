@@ -1,0 +1,61 @@
+#include "app/train/loss.h"
+
+#include <algorithm>
+
+namespace twell::app {
+namespace {
+
+using torch::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t kChunk = 512;  // tokens whose logits are alive at once
+
+struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head,
+                        const Tensor& targets, bool save) {
+    const int64_t tokens = hidden.size(0);
+    const auto wide = head.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+    Tensor grad_hidden, grad_head;
+    if (save) {
+      grad_hidden = torch::empty_like(hidden);
+      grad_head = torch::zeros_like(head, wide);
+    }
+    Tensor sum = torch::zeros({}, hidden.options().dtype(torch::kFloat64));
+    for (int64_t first = 0; first < tokens; first += kChunk) {
+      const int64_t count = std::min(kChunk, tokens - first);
+      const Tensor part = hidden.narrow(0, first, count);
+      const Tensor target = targets.narrow(0, first, count).unsqueeze(1);
+      Tensor log_p = torch::log_softmax(torch::mm(part, head.t()).to(wide), 1);  // [count, vocab]
+      sum -= log_p.gather(1, target).sum(torch::kFloat64);
+      if (!save) continue;
+      // d/dlogits of the sum: softmax - onehot(target).
+      Tensor grad = log_p.exp_();
+      grad.scatter_add_(1, target, torch::full_like(target, -1, wide));
+      grad = grad.to(head.scalar_type());
+      Tensor grad_part = grad_hidden.narrow(0, first, count);
+      torch::mm_out(grad_part, grad, head);
+      grad_head += torch::mm(grad.t(), part);
+    }
+    if (save) ctx->save_for_backward({grad_hidden, grad_head.to(head.scalar_type())});
+    ctx->saved_data["tokens"] = tokens;
+    return (sum / static_cast<double>(tokens)).to(wide);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor scale = grads[0] / static_cast<double>(ctx->saved_data["tokens"].toInt());
+    return {(saved[0] * scale).to(saved[0].scalar_type()),
+            (saved[1] * scale).to(saved[1].scalar_type()), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& head, const Tensor& targets) {
+  const bool save =
+      torch::GradMode::is_enabled() && (hidden.requires_grad() || head.requires_grad());
+  return LinearCrossEntropy::apply(hidden, head, targets, save);
+}
+
+}  // namespace twell::app

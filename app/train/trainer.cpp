@@ -1,0 +1,436 @@
+#include "app/train/trainer.h"
+
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <utility>
+#include <vector>
+
+#include "app/data/tokens.h"
+#include "app/error.h"
+#include "app/hf/tokenizer.h"
+#include "app/model/llama.h"
+#include "app/train/checkpoint.h"
+#include "app/train/evaluate.h"
+#include "app/train/loss.h"
+#include "app/train/metrics.h"
+#include "app/train/optimizer.h"
+#include "app/train/schedule.h"
+#include "app/util/atomic_file.h"
+#include "app/util/file.h"
+#include "app/util/progress.h"
+
+namespace twell::app {
+namespace {
+
+using torch::Tensor;
+using Json = nlohmann::ordered_json;
+namespace fs = std::filesystem;
+
+constexpr int64_t kFinalEvaluation = 8;  // the last evaluation takes so many times eval_tokens
+
+// Notes SIGINT and SIGTERM while it lives; a second signal of a kind has its usual effect.
+class SignalWatch {
+ public:
+  SignalWatch() {
+    caught_ = 0;
+    struct sigaction action {};
+    action.sa_handler = [](int) { caught_ = 1; };
+    action.sa_flags = static_cast<int>(SA_RESETHAND);
+    sigaction(SIGINT, &action, &old_int_);
+    sigaction(SIGTERM, &action, &old_term_);
+  }
+  ~SignalWatch() {
+    sigaction(SIGINT, &old_int_, nullptr);
+    sigaction(SIGTERM, &old_term_, nullptr);
+  }
+  static bool caught() { return caught_ != 0; }
+
+ private:
+  static inline volatile std::sig_atomic_t caught_ = 0;
+  struct sigaction old_int_ {
+  }, old_term_{};
+};
+
+// FNV-1a over the tokens.
+uint64_t hash_of(const Corpus& corpus) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const TokenStream* stream : {&corpus.train, &corpus.heldout}) {
+    for (int64_t i = 0; i < stream->size(); ++i) {
+      hash = (hash ^ static_cast<uint64_t>((*stream)[i])) * 0x100000001b3u;
+    }
+    hash = (hash ^ static_cast<uint64_t>(stream->size())) * 0x100000001b3u;
+  }
+  return hash;
+}
+
+// The id that separates documents.
+int64_t find_eos(const Tokenizer& tokenizer, const std::string& wanted) {
+  if (!wanted.empty()) {
+    if (const auto id = tokenizer.token_to_id(wanted)) return *id;
+    throw Error("--eos is '" + wanted + "', and the tokenizer has no such token");
+  }
+  for (const char* name : {"<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]"}) {
+    if (const auto id = tokenizer.token_to_id(name)) return *id;
+  }
+  throw Error("the tokenizer has none of the usual end-of-text tokens: name yours with --eos");
+}
+
+ModelConfig new_config(const TrainOptions& o, int64_t vocabulary, int64_t eos) {
+  ModelConfig c;
+  c.vocab_size = (vocabulary + 7) / 8 * 8;
+  c.hidden_size = o.hidden;
+  c.intermediate_size = o.neurons;
+  c.num_hidden_layers = o.layers;
+  c.num_attention_heads = o.heads;
+  c.num_key_value_heads = o.kv_heads;
+  c.head_dim = o.hidden / o.heads;
+  c.max_position_embeddings = o.context;
+  c.hidden_act = "relu";
+  c.tie_word_embeddings = true;
+  c.bos_token_id = eos;
+  c.eos_token_ids = {eos};
+  return c;
+}
+
+// tokenizer.json and tokenizer_config.json beside the model.
+void write_tokenizer(const fs::path& folder, const Tokenizer& tokenizer, const fs::path& source,
+                     int64_t eos, int64_t context) {
+  write_file(folder / "tokenizer.json", tokenizer.json());
+  const fs::path given =
+      (fs::is_directory(source) ? source : source.parent_path()) / "tokenizer_config.json";
+  if (fs::is_regular_file(given)) {
+    write_file(folder / "tokenizer_config.json", read_file(given, uint64_t{1} << 24));
+    return;
+  }
+  const std::string token = tokenizer.id_to_token(eos).value_or("");
+  const Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                       {"bos_token", token},
+                       {"eos_token", token},
+                       {"model_max_length", context},
+                       {"clean_up_tokenization_spaces", false}};
+  write_file(folder / "tokenizer_config.json", config.dump(2) + "\n");
+}
+
+// Sums over the steps since the last line of metrics.
+struct Window {
+  double loss = 0, l1 = 0, gradient_norm = 0;
+  int64_t steps = 0, tokens = 0;
+  std::vector<Tensor> activity;  // per layer [neurons] int64
+  std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+};
+
+class Trainer {
+ public:
+  explicit Trainer(const TrainRun& run);
+  Json run();
+
+ private:
+  Llama make_model(bool resume);
+  void step();
+  void log(bool evaluate_heldout);
+  Evaluation evaluate_heldout(int64_t tokens);
+  void save();
+  Json summary();
+  double seconds() const;   // since the start of the run, earlier parts included
+  double progress() const;  // of the run, at the step that comes next
+  bool finished() const;
+
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  fs::path folder_;
+  torch::Device device_;
+  TrainingState state_;
+  double seconds_before_ = 0;
+  Tokenizer tokenizer_;
+  int64_t eos_;
+  Corpus corpus_;
+  Llama model_;
+  AdamW optimizer_;
+  BatchSampler sampler_;
+  Metrics metrics_;
+  Window window_;
+  double progress_ = 0;
+  std::vector<FfnPath> paths_;
+};
+
+TrainingState initial_state(const TrainRun& run) {
+  if (run.resume) return read_checkpoint_state(run.folder);
+  TrainingState state;
+  state.options = run.options;
+  validate(state.options);
+  for (const char* name : {"checkpoint.safetensors", "model.safetensors"}) {
+    if (fs::exists(run.folder / name)) {
+      throw Error("--out " + run.folder.string() + " already holds " + name +
+                  ": continue with --resume, or choose another folder");
+    }
+  }
+  return state;
+}
+
+Corpus load_corpus(const TrainOptions& options, const Tokenizer& tokenizer, int64_t eos) {
+  std::vector<fs::path> paths(options.data.begin(), options.data.end());
+  Corpus corpus = tokenize_corpus(paths, tokenizer, eos, options.heldout);
+  std::fprintf(stderr, "data: %s; %lld tokens to train on, %lld held out\n",
+               corpus.report.summary().c_str(), static_cast<long long>(corpus.train.size()),
+               static_cast<long long>(corpus.heldout.size()));
+  return corpus;
+}
+
+Trainer::Trainer(const TrainRun& run)
+    : folder_(run.folder),
+      device_(run.device),
+      state_(initial_state(run)),
+      seconds_before_(state_.seconds),
+      tokenizer_(Tokenizer::load(run.resume ? folder_ / "tokenizer.json"
+                                            : fs::path(state_.options.tokenizer))),
+      eos_(find_eos(tokenizer_, state_.options.eos)),
+      corpus_(load_corpus(state_.options, tokenizer_, eos_)),
+      model_(make_model(run.resume)),
+      optimizer_(model_.parameters(),
+                 {.weight_decay = state_.options.weight_decay, .clip = state_.options.clip}),
+      sampler_(corpus_.train, state_.options.batch, state_.options.context, state_.options.seed),
+      metrics_((fs::create_directories(folder_), folder_ / "metrics.jsonl"),
+               run.resume ? state_.step : -1) {
+  const TrainOptions& o = state_.options;
+  const uint64_t hash = hash_of(corpus_);
+  if (run.resume) {
+    if (hash != state_.corpus_hash) {
+      throw Error("the training data has changed since " + checkpoint_path(folder_).string() +
+                  " was written; a run can be resumed on the same data only");
+    }
+    read_checkpoint_tensors(folder_, state_, model_, optimizer_);
+  } else {
+    state_.corpus_hash = hash;
+    state_.controller.target =
+        parse_target_active(o.target_active, model_.config().intermediate_size);
+    state_.controller.initial = o.lambda;
+    state_.controller.warmup = o.warmup;
+    state_.controller.arrival = o.arrival;
+    write_config(folder_, model_.config());
+    write_tokenizer(folder_, tokenizer_, o.tokenizer, eos_, o.context);
+    save();
+  }
+  progress_ = progress();
+}
+
+Llama Trainer::make_model(bool resume) {
+  const TrainOptions& o = state_.options;
+  Llama model = [&] {
+    if (resume) return Llama::create(read_config(folder_), o.seed, torch::kBFloat16, device_);
+    if (!o.init.empty()) {
+      return Llama::load(o.init, torch::kFloat32, torch::kBFloat16, device_);
+    }
+    return Llama::create(new_config(o, tokenizer_.id_limit(), eos_), o.seed, torch::kBFloat16,
+                         device_);
+  }();
+  if (!model.is_relu()) {
+    throw Error(o.init + " has hidden_act \"" + model.config().hidden_act +
+                "\"; twell trains sparse models: \"relu\" is needed");
+  }
+  if (model.config().vocab_size < tokenizer_.id_limit()) {
+    throw Error(o.init + " has " + std::to_string(model.config().vocab_size) +
+                " embeddings, too few for a tokenizer with " +
+                std::to_string(tokenizer_.id_limit()) + " ids");
+  }
+  for (auto& [name, value] : model.parameters()) value.requires_grad_(true);
+  return model;
+}
+
+double Trainer::seconds() const {
+  return seconds_before_ +
+         std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+}
+
+double Trainer::progress() const {
+  const TrainOptions& o = state_.options;
+  if (o.steps > 0) return static_cast<double>(state_.step) / static_cast<double>(o.steps);
+  return std::min(1.0, state_.seconds / o.max_seconds);
+}
+
+bool Trainer::finished() const {
+  const TrainOptions& o = state_.options;
+  return (o.steps > 0 && state_.step >= o.steps) ||
+         (o.max_seconds > 0 && state_.seconds >= o.max_seconds);
+}
+
+void Trainer::step() {
+  const TrainOptions& o = state_.options;
+  const auto layers = static_cast<size_t>(model_.config().num_hidden_layers);
+  double active = 0;
+  window_.activity.resize(layers);
+  for (int64_t part = 0; part < o.accumulate; ++part) {
+    const Tensor tokens = sampler_.batch(state_.step * o.accumulate + part).to(device_);
+    const Tensor targets = tokens.narrow(1, 1, o.context).reshape({-1});
+    std::vector<FfnOutput> ffns;
+    ForwardOptions forward;
+    forward.ffn = parse_ffn_mode(o.ffn);
+    forward.ffn_outputs = &ffns;
+    const Tensor hidden = model_.forward(tokens.narrow(1, 0, o.context), forward);
+    const Tensor loss =
+        linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model_.head(), targets);
+    Tensor l1 = torch::zeros({}, loss.options());
+    for (const FfnOutput& ffn : ffns) l1 = l1 + ffn.l1;
+    const double rows = static_cast<double>(layers) * static_cast<double>(targets.size(0));
+    l1 = l1 / rows;  // mean over layers and tokens of Σ|h|
+    ((loss + state_.controller.lambda * l1) / static_cast<double>(o.accumulate)).backward();
+
+    paths_.clear();
+    for (size_t layer = 0; layer < layers; ++layer) {
+      const Tensor counts = ffns[layer].activity.to(torch::kInt64);
+      Tensor& sum = window_.activity[layer];
+      sum = sum.defined() ? sum + counts : counts;
+      active += ffns[layer].l0.item<double>() / rows / static_cast<double>(o.accumulate);
+      paths_.push_back(ffns[layer].path);
+    }
+    window_.loss += loss.item<double>() / static_cast<double>(o.accumulate);
+    window_.l1 += l1.item<double>() / static_cast<double>(o.accumulate);
+    window_.tokens += targets.size(0);
+  }
+  const double norm = optimizer_.step(o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor));
+  if (!std::isfinite(norm)) {
+    throw Error("training diverged: the gradient of step " + std::to_string(state_.step + 1) +
+                " is not finite; start again with a lower --lr than " + Json(o.lr).dump());
+  }
+  window_.gradient_norm += norm;
+  ++window_.steps;
+  ++state_.step;
+  state_.seconds = seconds();
+  progress_ = progress();
+  state_.controller.update(active, progress_);
+}
+
+Evaluation Trainer::evaluate_heldout(int64_t tokens) {
+  const TrainOptions& o = state_.options;
+  EvaluationOptions options;
+  options.ffn = parse_ffn_mode(o.ffn);
+  options.context = o.context;
+  options.batch = o.batch;
+  options.max_tokens = tokens;
+  // Evaluation must leave no trace in what the next steps choose.
+  const std::vector<FfnChooser> kept = model_.choosers();
+  Evaluation result = evaluate(model_, corpus_.heldout, options);
+  model_.choosers() = kept;
+  return result;
+}
+
+void Trainer::log(bool with_heldout) {
+  const TrainOptions& o = state_.options;
+  const auto neurons = static_cast<double>(model_.config().intermediate_size);
+  const double steps = static_cast<double>(window_.steps);
+  const double elapsed =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - window_.start).count();
+  Json active = Json::array(), silent = Json::array(), paths = Json::array();
+  double mean = 0;
+  for (size_t layer = 0; layer < window_.activity.size(); ++layer) {
+    const Tensor& counts = window_.activity[layer];
+    active.push_back(counts.sum().item<double>() / static_cast<double>(window_.tokens));
+    silent.push_back(counts.eq(0).sum().item<int64_t>());
+    paths.push_back(name_of(paths_[layer]));
+    mean += active.back().get<double>() / static_cast<double>(window_.activity.size());
+  }
+  Json line = {{"step", state_.step},
+               {"loss", window_.loss / steps},
+               {"l1", window_.l1 / steps},
+               {"active", mean},
+               {"share", mean / neurons},
+               {"active_per_layer", active},
+               {"silent_per_layer", silent},
+               {"ffn_per_layer", paths},
+               {"lambda", state_.controller.lambda},
+               {"lr", o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor)},
+               {"gradient_norm", window_.gradient_norm / steps},
+               {"tokens", state_.step * o.batch * o.context * o.accumulate},
+               {"tokens_per_second", static_cast<double>(window_.tokens) / elapsed},
+               {"seconds", state_.seconds}};
+  if (with_heldout) line["heldout_loss"] = evaluate_heldout(o.eval_tokens).loss;
+  metrics_.write(line);
+  window_ = Window();
+}
+
+void Trainer::save() {
+  metrics_.flush_to_disk();
+  state_.choosers = model_.choosers();
+  save_checkpoint(folder_, state_, model_, optimizer_);
+}
+
+Json Trainer::run() {
+  const TrainOptions& o = state_.options;
+  {
+    const SignalWatch signals;
+    Progress bar("train", progress_);
+    int64_t saved_step = state_.step;
+    while (!finished()) {
+      step();
+      const bool last = finished();
+      char text[128];
+      const double share =
+          100 * state_.controller.active / static_cast<double>(model_.config().intermediate_size);
+      const double elapsed =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - window_.start).count();
+      std::snprintf(text, sizeof text, "step %lld, loss %.3f, active %.1f (%.1f%%), %.0f tokens/s",
+                    static_cast<long long>(state_.step),
+                    window_.loss / static_cast<double>(window_.steps), state_.controller.active,
+                    share, static_cast<double>(window_.tokens) / elapsed);
+      const bool heldout = state_.step % o.eval_every == 0 || last;
+      if (heldout || state_.step % o.log_every == 0) log(heldout);
+      if (state_.step % o.checkpoint_every == 0 || last) {
+        save();
+        saved_step = state_.step;
+      }
+      if (last) {
+        bar.finish(text);
+      } else {
+        bar.update(std::max(progress_, o.max_seconds > 0 ? state_.seconds / o.max_seconds : 0),
+                   text);
+      }
+      if (signals.caught() && !last) {
+        if (saved_step != state_.step) save();
+        throw Error("interrupted after step " + std::to_string(state_.step) +
+                    ", all of it saved; go on with: twell train --resume --out " +
+                    folder_.string());
+      }
+    }
+  }
+  Json result = summary();
+  model_.save(folder_, torch::kBFloat16);
+  write_file(folder_ / "summary.json", result.dump(2) + "\n");
+  return result;
+}
+
+Json Trainer::summary() {
+  const TrainOptions& o = state_.options;
+  const Evaluation heldout = evaluate_heldout(kFinalEvaluation * o.eval_tokens);
+  const auto neurons = static_cast<double>(model_.config().intermediate_size);
+  Json silent = Json::array(), active = Json::array();
+  for (const LayerActivity& layer : heldout.layers) {
+    active.push_back(layer.active);
+    silent.push_back(layer.silent);
+  }
+  return {{"model", folder_.string()},
+          {"parameters", model_.parameter_count()},
+          {"steps", state_.step},
+          {"tokens", state_.step * o.batch * o.context * o.accumulate},
+          {"epochs", sampler_.epoch(state_.step * o.accumulate)},
+          {"train_tokens", corpus_.train.size()},
+          {"heldout_tokens", heldout.tokens},
+          {"heldout_loss", heldout.loss},
+          {"unigram_loss", unigram_loss(corpus_.train, corpus_.heldout, heldout.tokens,
+                                        model_.config().vocab_size)},
+          {"loss_unit", "nats per token"},
+          {"heldout_perplexity", heldout.perplexity()},
+          {"neurons", model_.config().intermediate_size},
+          {"active", heldout.active()},
+          {"active_share", heldout.active() / neurons},
+          {"target_active", state_.controller.target},
+          {"active_per_layer", active},
+          {"silent_per_layer", silent},
+          {"lambda", state_.controller.lambda},
+          {"train_seconds", seconds()}};
+}
+
+}  // namespace
+
+Json train(const TrainRun& run) { return Trainer(run).run(); }
+
+}  // namespace twell::app
