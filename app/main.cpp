@@ -8,6 +8,7 @@
 #include <iostream>
 #include <string>
 
+#include "app/commands/bench.h"
 #include "app/commands/eval.h"
 #include "app/commands/generate.h"
 #include "app/commands/train.h"
@@ -29,6 +30,7 @@ int main(int argc, char** argv) {
   twell::app::add_train_command(app);
   twell::app::add_eval_command(app);
   twell::app::add_generate_command(app);
+  twell::app::add_bench_command(app);
   try {
     app.parse(argc, argv);                 // runs the subcommand's callback
   } catch (const CLI::Success& request) {  // --help, --version
