@@ -40,6 +40,7 @@ HELDOUT_SHARE = 0.1
 MAX_HELDOUT_BYTES = 1 << 20
 FOUR_DIGITS = 5e-4  # half a unit of the fourth
 TIMING_TURNS = 3
+EOS = "<|eos|>"  # of twell.train_tokenizer; ends every document
 PROMPT = "#include <vector>\n\ntemplate <class T>\nclass "
 
 
@@ -119,8 +120,9 @@ def step_data(folder: Path):
 
 
 def step_tokenizer(folder: Path):
+    folder.mkdir()
     command = [sys.executable, "-m", "twell.train_tokenizer", OUT / "data/train.jsonl"]
-    command += ["--vocab-size", str(SETTINGS["vocabulary"]), "--out", folder]
+    command += ["--vocab-size", str(SETTINGS["vocabulary"]), "--out", folder / "tokenizer.json"]
     if subprocess.run(command, check=False).returncode != 0:
         fail("the tokenizer could not be trained (its message is above)")
 
@@ -137,7 +139,8 @@ def train_model():
     shutil.rmtree(folder, ignore_errors=True)
     flags = {
         "data": OUT / "data/train.jsonl",
-        "tokenizer": OUT / "tokenizer",
+        "tokenizer": OUT / "tokenizer/tokenizer.json",
+        "eos": EOS,
         "heldout": 0.02,
         "max-seconds": SETTINGS["seconds"],
         "target-active": SETTINGS["target_active"],
@@ -166,7 +169,8 @@ def unigram_loss() -> float:
         lines = (OUT / "data" / name).read_text().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-        return Counter(token for encoding in encodings for token in encoding.ids)
+        counted = Counter(token for encoding in encodings for token in encoding.ids)
+        return counted + Counter({tokenizer.token_to_id(EOS): len(texts)})
 
     train, heldout = counts("train.jsonl"), counts("heldout.jsonl")
     total = sum(train.values()) + tokenizer.get_vocab_size()  # each count plus one

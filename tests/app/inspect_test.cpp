@@ -41,7 +41,7 @@ TEST(Observe, CountsWhatTheModelCounts) {
   ASSERT_EQ(traces.size(), 3u);
 
   const torch::NoGradGuard no_grad;
-  std::vector<torch::Tensor> counts(3, torch::zeros({80}, torch::kInt64));
+  const torch::Tensor counts = torch::zeros({3, 80}, torch::kInt64);
   for (const int first : {0, 32}) {  // two whole windows; the rest is left out
     torch::Tensor tokens = torch::empty({1, 32}, torch::kInt64);
     for (int i = 0; i < 32; ++i) tokens[0][i] = stream[first + i];
