@@ -1,6 +1,6 @@
 #include "app/hf/config.h"
 
-#include <cmath>
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "app/error.h"
@@ -16,6 +16,7 @@ constexpr int64_t kMaxSize = 1 << 24;  // of any one dimension: products of two 
 constexpr int64_t kMaxLayers = 1 << 14;
 constexpr int64_t kMaxId = INT32_MAX;
 constexpr double kMaxReal = 1e12;
+constexpr std::initializer_list<const char*> kDtypes = {"float32", "bfloat16", "float16"};
 
 std::string quoted(const std::string& name, int64_t value) {
   return quote(name) + " = " + std::to_string(value);
@@ -76,7 +77,7 @@ void check(const ModelConfig& c, const std::string& place) {
                  "from 0 to 1e12");
   }
   if (c.hidden_act.empty()) checker.fail("\"hidden_act\" = \"\"", "the name of an activation");
-  checker.one_of("dtype", c.dtype, {"float32", "bfloat16", "float16"});
+  checker.one_of("dtype", c.dtype, kDtypes);
   if (c.model_type == "qwen2" && (c.attention_bias || c.mlp_bias)) {
     checker.fail("\"attention_bias\" or \"mlp_bias\" = true", "false for qwen2");
   }
@@ -217,7 +218,12 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   }
   auto dtype = json.find("dtype");
   if (!dtype) dtype = json.find("torch_dtype");
-  if (dtype) c.dtype = dtype->string();
+  if (dtype) {
+    c.dtype = dtype->string();
+    if (!std::count(kDtypes.begin(), kDtypes.end(), c.dtype)) {
+      dtype->refuse("float32, bfloat16 or float16");
+    }
+  }
   read_rope(json, c);
   refuse_unsupported(json, c);
   check(c, path.string());
