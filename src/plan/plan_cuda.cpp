@@ -68,17 +68,30 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   }
   if (plan.path == FfnPath::kDense) return plan;
 
-  if (device.compute_capability / 10 != 9) {
-    return refuse("device.compute_capability is " + std::to_string(device.compute_capability),
-                  "90 (Hopper) for the sparse path; the dense path runs everywhere");
-  }
   if (problem.dtype != DType::kBf16) {
     return refuse("dtype is " + std::string(name_of(problem.dtype)), "bfloat16 on a CUDA device");
   }
   if (options.training) {
     return refuse("training is true", "false on a CUDA device, which has no sparse backward");
   }
-
+  if (device.compute_capability < 80) {
+    return refuse("device.compute_capability is " + std::to_string(device.compute_capability),
+                  "80 or newer");
+  }
+  if (problem.tokens <= cuda::kMaxDecodeTokens) {
+    plan.tile_tokens = cuda::kDecodeTokens;
+    plan.chunk_tokens = cuda::kMaxDecodeTokens;
+    plan.block_neurons = cuda::kDecodeNeurons;
+    plan.heavy_tokens = cuda::kDecodeTokens + 1;  // never: active rows are read one by one
+    plan.workspace_bytes = cuda::DecodeLayout(problem).bytes;
+    return plan;
+  }
+  if (device.compute_capability / 10 != 9) {
+    return refuse("device.compute_capability is " + std::to_string(device.compute_capability) +
+                      " for " + std::to_string(problem.tokens) + " tokens",
+                  "90 (Hopper) for the sparse path of more than " +
+                      std::to_string(cuda::kMaxDecodeTokens) + " tokens");
+  }
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t chunks = std::max<std::int64_t>(1, cuda::ceil_div(tiles, kMaxChunkTiles));
   plan.tile_tokens = cuda::kTileTokens;
