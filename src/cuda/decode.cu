@@ -12,6 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kStep = 32;  // summed elements per warp and step: 16 bytes of each row per lane
+constexpr int kSpan = 2 * kStep;  // of neighbouring steps of a warp: 128 bytes of each row
 
 // Up to kTokens tokens by kNeurons neurons per CTA; kUnroll steps' loads of the weights are in
 // flight together. kResident CTAs per multiprocessor hold a usual block (5632 neurons) at once.
@@ -43,11 +44,14 @@ __device__ __forceinline__ void dot_products(float (&sums)[kWarps][Config::kNeur
   const uint4 zero = make_uint4(0, 0, 0, 0);
   float acc[kGroups][4] = {};
 #pragma unroll 1
-  for (int base = warp * kStep; base < hidden; base += kUnroll * kWarps * kStep) {
+  for (int base = warp * kSpan; base < hidden; base += kUnroll / 2 * kWarps * kSpan) {
+    const auto element = [&](int i) {
+      return base + i / 2 * kWarps * kSpan + i % 2 * kStep + lane.quad * 8;
+    };
     uint4 w[kGroups][kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int k = base + i * kWarps * kStep + lane.quad * 8;
+      const int k = element(i);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const int n = group * 8 + lane.row;
@@ -59,7 +63,7 @@ __device__ __forceinline__ void dot_products(float (&sums)[kWarps][Config::kNeur
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int k = base + i * kWarps * kStep + lane.quad * 8;
+      const int k = element(i);
       const auto load_x = [&](int token) {
         return k < hidden && token < tokens ? *reinterpret_cast<const uint4*>(
                                                   x + static_cast<std::size_t>(token) * hidden + k)
