@@ -99,7 +99,8 @@ __device__ __forceinline__ float total(const float (&sums)[kWarps][kNeurons][kDe
   return sum;
 }
 
-// Positive, or not finite: see is_active in sm90/gate.cu.
+// Positive, or not finite: a row of x with a NaN or an infinity makes every sum non-finite, and
+// must reach the later products with all its neurons.
 __device__ __forceinline__ bool keeps_active(float value) {
   const int bits = __float_as_int(value);
   return bits != 0 && bits >= static_cast<int>(0xff800000u);
