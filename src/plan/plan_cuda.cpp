@@ -108,12 +108,6 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
     plan.workspace_bytes = cuda::DecodeLayout(problem).bytes;
     return plan;
   }
-  if (device.compute_capability / 10 != 9) {
-    return refuse("device.compute_capability is " + std::to_string(device.compute_capability) +
-                      " for " + std::to_string(problem.tokens) + " tokens",
-                  "90 (Hopper) for the sparse path of more than " +
-                      std::to_string(cuda::kMaxDecodeTokens) + " tokens");
-  }
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t chunks = std::max<std::int64_t>(1, cuda::ceil_div(tiles, kMaxChunkTiles));
   plan.tile_tokens = cuda::kTileTokens;
