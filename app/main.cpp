@@ -11,7 +11,6 @@
 #include "app/commands/bench.h"
 #include "app/commands/eval.h"
 #include "app/commands/generate.h"
-#include "app/commands/inspect.h"
 #include "app/commands/train.h"
 
 namespace {
@@ -26,13 +25,12 @@ int fail(const std::string& message, int code) {
 int main(int argc, char** argv) {
   CLI::App app{"Sparse feed-forward blocks for language models: train, evaluate and run them."};
   app.name("twell");
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   app.set_version_flag("--version", TWELL_VERSION);
   twell::app::add_train_command(app);
   twell::app::add_eval_command(app);
   twell::app::add_generate_command(app);
   twell::app::add_bench_command(app);
-  twell::app::add_inspect_command(app);
   try {
     app.parse(argc, argv);                 // runs the subcommand's callback
   } catch (const CLI::Success& request) {  // --help, --version

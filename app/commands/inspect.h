@@ -1,9 +1,0 @@
-#pragma once
-
-#include <CLI/CLI.hpp>
-
-namespace twell::app {
-
-void add_inspect_command(CLI::App& app);
-
-}  // namespace twell::app
