@@ -1,0 +1,179 @@
+// The autograd glue of the feed-forward block against PyTorch's own graph in float64, on both
+// paths.
+#include "app/model/ffn.h"
+
+#include <gtest/gtest.h>
+
+#include "app/error.h"
+
+namespace twell::app {
+namespace {
+
+using torch::Tensor;
+
+struct Leaves {
+  Tensor x, gate, up, down;
+
+  // `shift` moves the gate's products: the lower, the fewer neurons are active.
+  Leaves(int64_t tokens, int64_t hidden, int64_t neurons, double shift) {
+    torch::manual_seed(tokens + 31 * hidden + 977 * neurons);
+    const auto wide = torch::kFloat64;
+    x = torch::randn({tokens, hidden}, wide);
+    if (hidden > 0) x.select(1, 0).fill_(1);
+    gate = torch::randn({neurons, hidden}, wide) / std::sqrt(double(hidden));
+    gate.select(1, 0).add_(shift);
+    up = torch::randn({neurons, hidden}, wide) / std::sqrt(double(hidden));
+    down = torch::randn({neurons, hidden}, wide) / std::sqrt(double(neurons));
+  }
+
+  Leaves to(torch::ScalarType type) const {
+    Leaves copy = *this;
+    for (Tensor* t : {&copy.x, &copy.gate, &copy.up, &copy.down}) {
+      *t = t->to(type, false, true).requires_grad_(true);
+    }
+    return copy;
+  }
+};
+
+struct Outcome {
+  Tensor y, l1, l0, activity, dx, dgate, dup, ddown;
+};
+
+Outcome finish(Leaves& leaves, Tensor y, Tensor l1, Tensor l0, Tensor activity, double lambda) {
+  const Tensor direction = torch::cos(torch::arange(y.numel(), torch::kFloat64)).view(y.sizes());
+  ((y.to(torch::kFloat64) * direction).sum() + lambda * l1.to(torch::kFloat64)).backward();
+  return {y.detach(),       l1.detach(),       l0, activity, leaves.x.grad(), leaves.gate.grad(),
+          leaves.up.grad(), leaves.down.grad()};
+}
+
+Outcome by_twell(const Leaves& given, torch::ScalarType type, FfnPath path, double lambda) {
+  Leaves leaves = given.to(type);
+  const FfnOutput out = relu_ffn(leaves.x, {leaves.gate, leaves.up, leaves.down}, path);
+  EXPECT_EQ(out.path, path);
+  return finish(leaves, out.y, out.l1, out.l0, out.activity, lambda);
+}
+
+// The oracle: plain autograd in float64.
+Outcome by_autograd(const Leaves& given, double lambda) {
+  Leaves leaves = given.to(torch::kFloat64);
+  const Tensor g = torch::relu(torch::mm(leaves.x, leaves.gate.t()));
+  const Tensor h = g * torch::mm(leaves.x, leaves.up.t());
+  return finish(leaves, torch::mm(h, leaves.down), h.abs().sum(), g.gt(0).sum(), g.gt(0).sum(0),
+                lambda);
+}
+
+double error(const Tensor& a, const Tensor& b) {
+  if (b.numel() == 0) return 0;
+  return ((a.to(torch::kFloat64) - b).norm() / (b.norm() + 1e-30)).item<double>();
+}
+
+struct Case {
+  FfnPath path;
+  torch::ScalarType type;
+  int64_t tokens;
+  double shift;
+  double tolerance;
+};
+
+class ReluFfn : public testing::TestWithParam<Case> {};
+
+TEST_P(ReluFfn, AgreesWithAutograd) {
+  const Case& c = GetParam();
+  // Values that bf16 holds exactly, so that only the block's own rounding is measured.
+  Leaves leaves(c.tokens, 64, 136, c.shift);
+  for (Tensor* t : {&leaves.x, &leaves.gate, &leaves.up, &leaves.down}) {
+    *t = t->to(torch::kBFloat16).to(torch::kFloat64);
+  }
+  const Outcome want = by_autograd(leaves, 0.1);
+  const Outcome got = by_twell(leaves, c.type, c.path, 0.1);
+  EXPECT_EQ(got.y.scalar_type(), c.type);
+  EXPECT_EQ(got.l0.item<int64_t>(), want.l0.item<int64_t>());
+  EXPECT_TRUE(got.activity.to(torch::kInt64).equal(want.activity));
+  EXPECT_LE(error(got.l1, want.l1), c.tolerance);
+  EXPECT_LE(error(got.y, want.y), c.tolerance);
+  EXPECT_LE(error(got.dx, want.dx), c.tolerance);
+  EXPECT_LE(error(got.dgate, want.dgate), c.tolerance);
+  EXPECT_LE(error(got.dup, want.dup), c.tolerance);
+  EXPECT_LE(error(got.ddown, want.ddown), c.tolerance);
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const FfnPath path : {FfnPath::kDense, FfnPath::kSparse}) {
+    for (const int64_t tokens : {0, 1, 129}) {
+      for (const double shift : {-50.0, -1.5, 0.0, 50.0}) {  // 0, few, half, all neurons active
+        all.push_back({path, torch::kFloat64, tokens, shift, 1e-12});
+        all.push_back({path, torch::kFloat32, tokens, shift, 1e-5});
+        all.push_back({path, torch::kBFloat16, tokens, shift, 2e-2});
+      }
+    }
+  }
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Paths, ReluFfn, testing::ValuesIn(cases()));
+
+TEST(ReluFfnNan, SpreadsAsInTheDenseBlock) {
+  for (const FfnPath path : {FfnPath::kDense, FfnPath::kSparse}) {
+    Leaves leaves(3, 64, 136, -50);
+    leaves.x[1][5] = std::numeric_limits<double>::quiet_NaN();
+    const Leaves narrow = leaves.to(torch::kBFloat16);
+    const torch::NoGradGuard no_grad;
+    const Tensor y = relu_ffn(narrow.x, {narrow.gate, narrow.up, narrow.down}, path).y;
+    EXPECT_TRUE(y[1].isnan().all().item<bool>()) << name_of(path);
+    EXPECT_TRUE(y[0].isfinite().all().item<bool>()) << name_of(path);
+    EXPECT_TRUE(y[2].isfinite().all().item<bool>()) << name_of(path);
+  }
+}
+
+TEST(ReluFfn, KeepsNoGraphWithoutGradients) {
+  const Leaves leaves = Leaves(4, 64, 136, 0).to(torch::kBFloat16);
+  const torch::NoGradGuard no_grad;
+  EXPECT_FALSE(
+      relu_ffn(leaves.x, {leaves.gate, leaves.up, leaves.down}, FfnPath::kDense).y.requires_grad());
+}
+
+TEST(Density, CountsATile) {
+  Tensor x = torch::zeros({300, 64});
+  Tensor gate = -torch::ones({136, 64});
+  x.slice(0, 86, 214).select(1, 0).fill_(1);  // the 128 tokens in the middle
+  gate[7][0] = 1;                             // active for all of them
+  x[100][1] = 1;
+  gate[9][1] = 2;  // and this one for one token
+  gate[9][0] = -1;
+  const FfnDensity density = measure_density(x, gate);
+  EXPECT_DOUBLE_EQ(density.active, 127.0 / 128 + 1.0 / 128);  // token 100: 1 - 1 = 0 for neuron 7
+  EXPECT_DOUBLE_EQ(density.tile_union, 2);
+  EXPECT_LT(measure_density(x.slice(0, 0, 0), gate).active, 0);
+}
+
+TEST(Chooser, FollowsTheMode) {
+  const Leaves leaves = Leaves(8, 64, 136, 0).to(torch::kBFloat16);
+  const FfnWeights weights{leaves.gate, leaves.up, leaves.down};
+  FfnChooser chooser;
+  EXPECT_EQ(chooser.choose(leaves.x, weights, FfnMode::kDense, false), FfnPath::kDense);
+  EXPECT_EQ(chooser.choose(leaves.x, weights, FfnMode::kTwell, false), FfnPath::kSparse);
+  EXPECT_EQ(chooser.calls, 0);
+}
+
+// A block with nothing active is the sparse path's best case, one with all active its worst. In
+// float32 no machine's sparse kernels overtake a dense product at full density.
+TEST(Chooser, PicksDenseForDenseAndSparseForSparse) {
+  for (const bool sparse : {true, false}) {
+    const Leaves leaves = Leaves(512, 512, 2048, sparse ? -50 : 50).to(torch::kFloat32);
+    const FfnWeights weights{leaves.gate, leaves.up, leaves.down};
+    FfnChooser chooser;
+    const FfnPath path = chooser.choose(leaves.x, weights, FfnMode::kAuto, false);
+    EXPECT_EQ(path, sparse ? FfnPath::kSparse : FfnPath::kDense);
+    EXPECT_DOUBLE_EQ(chooser.density.active, sparse ? 0 : 2048);
+  }
+}
+
+TEST(Mode, IsParsedAndNamed) {
+  EXPECT_EQ(parse_ffn_mode("twell"), FfnMode::kTwell);
+  EXPECT_STREQ(name_of(FfnMode::kAuto), "auto");
+  EXPECT_THROW(parse_ffn_mode("sparse"), Error);
+}
+
+}  // namespace
+}  // namespace twell::app

@@ -1,0 +1,168 @@
+#include <gtest/gtest.h>
+
+#include "app/error.h"
+#include "app/model/llama.h"
+#include "app/model/sample.h"
+
+namespace twell::app {
+namespace {
+
+using torch::Tensor;
+
+ModelConfig small_config() {
+  ModelConfig c;
+  c.vocab_size = 48;
+  c.hidden_size = 32;
+  c.intermediate_size = 72;
+  c.num_hidden_layers = 2;
+  c.num_attention_heads = 4;
+  c.num_key_value_heads = 2;
+  c.head_dim = 8;
+  c.max_position_embeddings = 64;
+  c.hidden_act = "relu";
+  c.initializer_range = 0.3;
+  return c;
+}
+
+Llama small_model(const ModelConfig& config = small_config()) {
+  return Llama::create(config, 7, torch::kFloat32, torch::kCPU);
+}
+
+Tensor some_tokens(int64_t batch, int64_t length) {
+  return (torch::arange(batch * length) * 17 % 48).view({batch, length});
+}
+
+double difference(const Tensor& a, const Tensor& b) { return (a - b).abs().max().item<double>(); }
+
+TEST(Llama, ShapesAndCounts) {
+  const torch::NoGradGuard no_grad;
+  Llama model = small_model();
+  EXPECT_EQ(model.parameter_count(),
+            2 * 48 * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 72 * 32));
+  EXPECT_EQ(model.ffn_weights(1).down.sizes(), (std::vector<int64_t>{72, 32}));
+  for (const int64_t length : {1, 2, 63}) {
+    std::vector<FfnOutput> ffns;
+    ForwardOptions options;
+    options.ffn_outputs = &ffns;
+    int observed = 0;
+    options.on_ffn = [&](int layer, const Tensor& x, const FfnWeights& weights) {
+      EXPECT_EQ(layer, observed++);
+      EXPECT_EQ(x.sizes(), (std::vector<int64_t>{3 * length, 32}));
+      EXPECT_EQ(weights.gate.sizes(), (std::vector<int64_t>{72, 32}));
+    };
+    const Tensor hidden = model.forward(some_tokens(3, length), options);
+    EXPECT_EQ(hidden.sizes(), (std::vector<int64_t>{3, length, 32}));
+    EXPECT_EQ(model.logits(hidden).sizes(), (std::vector<int64_t>{3, length, 48}));
+    EXPECT_EQ(observed, 2);
+    ASSERT_EQ(ffns.size(), 2u);
+    EXPECT_EQ(ffns[0].l0.item<int64_t>(), ffns[0].activity.sum().item<int64_t>());
+    EXPECT_FALSE(ffns[0].y.defined());
+  }
+}
+
+TEST(Llama, SameSeedSameWeights) {
+  const Llama a = small_model(), b = small_model();
+  const Llama c = Llama::create(small_config(), 8, torch::kFloat32, torch::kCPU);
+  for (const auto& [name, value] : a.parameters()) {
+    EXPECT_TRUE(value.equal(b.parameters().at(name))) << name;
+  }
+  EXPECT_FALSE(a.head().equal(c.head()));
+}
+
+TEST(Llama, LaterTokensDoNotReachEarlierOnes) {
+  const torch::NoGradGuard no_grad;
+  Llama model = small_model();
+  const Tensor tokens = some_tokens(1, 20);
+  const Tensor whole = model.forward(tokens);
+  Tensor changed = tokens.clone();
+  changed[0][12] = (changed[0][12] + 1) % 48;
+  const Tensor other = model.forward(changed);
+  EXPECT_LT(difference(whole.narrow(1, 0, 12), other.narrow(1, 0, 12)), 1e-5);
+  EXPECT_GT(difference(whole.narrow(1, 12, 1), other.narrow(1, 12, 1)), 1e-3);
+}
+
+// One token at a time, in one go, and in uneven parts.
+TEST(KvCache, EqualsTheFullForward) {
+  const torch::NoGradGuard no_grad;
+  for (const int64_t kv_heads : {1, 2, 4}) {
+    ModelConfig config = small_config();
+    config.num_key_value_heads = kv_heads;
+    Llama model = small_model(config);
+    const Tensor tokens = some_tokens(2, 41);
+    const Tensor whole = model.forward(tokens);
+    for (const std::vector<int64_t>& parts :
+         {std::vector<int64_t>(41, 1), {41}, {1, 17, 1, 1, 21}}) {
+      KvCache cache(41);
+      ForwardOptions options;
+      options.cache = &cache;
+      int64_t at = 0;
+      for (const int64_t count : parts) {
+        const Tensor step = model.forward(tokens.narrow(1, at, count), options);
+        EXPECT_LT(difference(step, whole.narrow(1, at, count)), 2e-5) << "at " << at;
+        at += count;
+        EXPECT_EQ(cache.length, at);
+      }
+      EXPECT_THROW(model.forward(tokens.narrow(1, 0, 1), options), Error);
+    }
+  }
+}
+
+TEST(Llama, DenseAndTwellAgree) {
+  const torch::NoGradGuard no_grad;
+  Llama model = small_model();
+  const Tensor tokens = some_tokens(2, 33);
+  ForwardOptions options;
+  options.ffn = FfnMode::kDense;
+  const Tensor dense = model.forward(tokens, options);
+  options.ffn = FfnMode::kTwell;
+  EXPECT_LT(difference(dense, model.forward(tokens, options)), 1e-4);
+}
+
+TEST(Llama, RefusesByName) {
+  ModelConfig config = small_config();
+  config.hidden_act = "silu";
+  Llama silu = small_model(config);
+  EXPECT_NO_THROW(silu.check_mode(FfnMode::kAuto));
+  try {
+    silu.check_mode(FfnMode::kTwell);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("silu"), std::string::npos);
+  }
+  const torch::NoGradGuard no_grad;
+  EXPECT_EQ(silu.forward(some_tokens(1, 3)).size(2), 32);
+  config = small_config();
+  config.mlp_bias = true;
+  EXPECT_THROW(small_model(config), Error);
+}
+
+TEST(Sampler, IsGreedyAtZeroAndReproducible) {
+  const Tensor logits = torch::tensor({0.1, 2.0, 1.9, -3.0});
+  EXPECT_EQ(Sampler({.temperature = 0}).draw(logits), 1);
+  EXPECT_EQ(Sampler({.temperature = 5, .top_k = 1}).draw(logits), 1);
+  EXPECT_EQ(Sampler({.temperature = 5, .top_p = 0}).draw(logits), 1);
+  Sampler a({.temperature = 1, .seed = 3}), b({.temperature = 1, .seed = 3});
+  for (int i = 0; i < 50; ++i) EXPECT_EQ(a.draw(logits), b.draw(logits));
+  EXPECT_THROW(a.draw(torch::tensor({0.0, std::nan("")})), Error);
+}
+
+// Frequencies against the probabilities they are drawn from.
+TEST(Sampler, DrawsFromTheDistribution) {
+  const Tensor p = torch::tensor({0.5, 0.3, 0.15, 0.05}, torch::kFloat64);
+  const auto frequencies = [&](SampleOptions options) {
+    Sampler sampler(options);
+    std::vector<double> counts(4);
+    for (int i = 0; i < 4000; ++i) counts[sampler.draw(p.log())] += 1.0 / 4000;
+    return counts;
+  };
+  const auto all = frequencies({.temperature = 1});
+  for (int i = 0; i < 4; ++i) EXPECT_NEAR(all[i], p[i].item<double>(), 0.03);
+  const auto nucleus = frequencies({.temperature = 1, .top_p = 0.75});  // 0.5 + 0.3 reach it
+  EXPECT_NEAR(nucleus[0], 0.625, 0.03);
+  EXPECT_NEAR(nucleus[1], 0.375, 0.03);
+  const auto three = frequencies({.temperature = 1, .top_k = 3});
+  EXPECT_EQ(three[3], 0);
+}
+
+}  // namespace
+}  // namespace twell::app

@@ -1,0 +1,224 @@
+"""`twell train`: what it writes, what it survives, what it refuses."""
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from program import (
+    PROGRAM,
+    needs_program,
+    refusal,
+    twell,
+    twell_json,
+    write_text,
+    write_tokenizer,
+)
+from safetensors.torch import load_file
+
+pytestmark = needs_program
+
+MODEL = ["--layers", 2, "--hidden", 64, "--neurons", 128, "--heads", 2, "--kv-heads", 1]
+MODEL += ["--context", 32]
+RUN = ["--batch", 4, "--log-every", 5, "--eval-every", 20, "--eval-tokens", 512]
+RUN += ["--checkpoint-every", 7, "--heldout", 0.2, "--target-active", "10%"]
+STEPS = ["--steps", 60]
+FOREVER = ["--steps", 100000]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    text = write_text(folder / "text")
+    tokenizer = write_tokenizer(folder / "tokenizer.json", text)
+    return ["--data", text, "--tokenizer", tokenizer]
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory):
+    """An uninterrupted run: its folder and its summary."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return folder, twell_json("train", *inputs, "--out", folder, *MODEL, *RUN, *STEPS)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learns_and_reports(trained):
+    folder, summary = trained
+    assert summary["heldout_loss"] < summary["unigram_loss"]
+    assert summary["loss_unit"] == "nats per token"
+    assert summary == json.loads((folder / "summary.json").read_text())
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(5, 61, 5))
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [20, 40, 60]
+    for line in lines:
+        assert len(line["active_per_layer"]) == len(line["silent_per_layer"]) == 2
+        assert math.isclose(line["share"], sum(line["active_per_layer"]) / 2 / 128)
+    assert lines[-1]["active"] < lines[0]["active"]
+
+
+def test_transformers_loads_it_and_agrees(trained, inputs):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = trained
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.hidden_act == "relu"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    logits = folder / "logits.safetensors"
+    report = twell_json(
+        "eval", "--model", folder, "--data", inputs[1] / "3.h", "--max-tokens", 32, "--ffn",
+        "dense", "--dtype", "float32", "--save-logits", logits,
+    )  # fmt: skip
+    ours = load_file(logits)
+    ids = tokenizer((inputs[1] / "3.h").read_text())["input_ids"][:33]
+    assert ours["tokens"].tolist() == ids[:32]
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids[:32]])).logits[0]
+    torch.testing.assert_close(ours["logits"], theirs, rtol=1e-4, atol=1e-4)
+    loss = torch.nn.functional.cross_entropy(theirs, torch.tensor(ids[1:33])).item()
+    assert math.isclose(report["loss"], loss, rel_tol=1e-5)
+
+
+def test_dense_and_twell_evaluate_alike(trained, inputs):
+    folder, _ = trained
+    reports = [
+        twell_json("eval", "--model", folder, *inputs[:2], "--ffn", ffn)
+        for ffn in ("dense", "twell", "auto")
+    ]
+    for report in reports:
+        assert f"{report['perplexity']:.3g}" == f"{reports[0]['perplexity']:.3g}"
+        assert math.isclose(report["perplexity"], reports[0]["perplexity"], rel_tol=2e-3)
+        assert math.isclose(report["active"], reports[0]["active"], rel_tol=2e-2)
+    assert reports[1]["ffn_per_layer"] == ["sparse", "sparse"]
+
+
+def start(*arguments):
+    command = [str(PROGRAM), *map(str, arguments), "--threads", "1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(process, folder):
+    while not (folder / "checkpoint.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_kill_at_random_moments_resumes_to_the_same_bits(trained, inputs, tmp_path):
+    whole, _ = trained
+    folder = tmp_path / "run"
+    process = start("train", *inputs, "--out", folder, *MODEL, *RUN, *STEPS)
+    moments = random.Random(5)
+    for _ in range(5):
+        wait_for_checkpoint(process, folder)
+        time.sleep(moments.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        process = start("train", "--resume", "--out", folder)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    steps = [line["step"] for line in metrics(folder)]
+    assert steps == [line["step"] for line in metrics(whole)]
+    assert metrics(folder)[-1]["heldout_loss"] == metrics(whole)[-1]["heldout_loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_says_how_to_go_on(inputs, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start("train", *inputs, "--out", folder, *MODEL, *RUN, *FOREVER)
+    wait_for_checkpoint(process, folder)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    last = errors.splitlines()[-1]
+    assert process.returncode == 1
+    assert last.startswith("twell: interrupted after step ")
+    assert last.endswith(f"twell train --resume --out {folder}")
+
+
+def test_full_disk_is_one_line_and_keeps_the_checkpoint(trained, inputs, tmp_path):
+    """A limit on file sizes stands for the full disk: write() fails in the same place."""
+    folder = tmp_path / "run"
+    process = start("train", *inputs, "--out", folder, *MODEL, *RUN, *FOREVER)
+    wait_for_checkpoint(process, folder)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    before = (folder / "checkpoint.safetensors").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = len(before) // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    line = refusal("train", "--resume", "--out", folder, preexec_fn=limit)
+    assert "checkpoint.safetensors" in line
+    assert (folder / "checkpoint.safetensors").read_bytes() == before
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_follows_a_time_budget(inputs, tmp_path):
+    folder = tmp_path / "run"
+    summary = twell_json("train", *inputs, "--out", folder, *MODEL, *RUN, "--max-seconds", 4)
+    assert 4 <= summary["train_seconds"] < 12
+    rates = [line["lr"] for line in metrics(folder)]
+    assert max(rates) > 2e-3 and rates[-1] < 1e-3
+
+
+def test_bad_inputs_are_named(inputs, trained, tmp_path):
+    data, tokenizer = inputs[1], inputs[3]
+    out = ["--out", tmp_path / "run"]
+    fresh = ["train", *inputs, *out]
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00abc")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    damaged = tmp_path / "tokenizer.json"
+    damaged.write_text(tokenizer.read_text()[:1000])
+    nowhere = tmp_path / "nowhere"
+
+    assert "--steps" in refusal(*fresh)
+    assert "100" in refusal(*fresh, "--steps", 1, "--neurons", 100)
+    assert "5000" in refusal(*fresh, "--steps", 1, "--target-active", 5000)
+    for bad in (binary, empty, nowhere):
+        line = refusal("train", "--data", bad, "--tokenizer", tokenizer, *out, "--steps", 1)
+        assert str(bad) in line
+    line = refusal("train", "--data", data, "--tokenizer", damaged, *out, "--steps", 1)
+    assert str(damaged) in line
+    assert "--eos" in refusal(*fresh, "--steps", 1, "--eos", "<none>")
+    assert str(nowhere) in refusal("train", "--resume", "--out", nowhere)
+    assert "--resume" in refusal("train", *inputs, "--out", trained[0], "--steps", 1)
+    if not torch.cuda.is_available():
+        assert "cuda" in refusal(*fresh, "--steps", 1, "--device", "cuda")
+
+
+def test_usage_errors_end_with_code_2(inputs, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    assert "--out" in refusal("train", *inputs, code=2)
+    assert "--data" in refusal("train", *out, code=2)
+    assert "--ffn" in refusal("train", *inputs, *out, "--ffn", "sparse", code=2)
+    assert "--lr" in refusal("train", "--resume", *out, "--lr", 1, code=2)
+    assert "frobnicate" in refusal("frobnicate", code=2)
+
+
+def test_help_has_examples():
+    for command in ("train", "eval", "generate"):
+        assert f"twell {command} " in twell(command, "--help").stdout.split("Examples:")[1]
+
+
+def test_damaged_checkpoint_is_refused(trained, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in os.listdir(trained[0]):
+        (folder / name).write_bytes((trained[0] / name).read_bytes())
+    path = folder / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert str(path) in refusal("train", "--resume", "--out", folder)
