@@ -134,7 +134,8 @@ class Reader {
     if (text.find_first_not_of(" \t\r") == std::string_view::npos) return;
     const std::string place = path.string() + ":" + std::to_string(line);
     const nlohmann::json document = parse_json(text, place);
-    const std::string& content = JsonView(document, place)["text"].string();
+    const JsonView field = JsonView(document, place)["text"];
+    const std::string& content = field.string();
     if (content.empty()) {
       ++report_.skipped["empty"];
     } else {

@@ -135,9 +135,10 @@ void Bpe::read_merges(const JsonView& json) {
       }
       return entry->second;
     };
+    const uint64_t key = pair_key(id_of(left), id_of(right));
     both.assign(left).append(right);
     // Of a merge that is listed twice, the last rank counts.
-    merges_[pair_key(id_of(left), id_of(right))] = {static_cast<int32_t>(i), id_of(both)};
+    merges_[key] = {static_cast<int32_t>(i), id_of(both)};
   }
 }
 

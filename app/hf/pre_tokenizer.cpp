@@ -8,6 +8,8 @@ namespace {
 // The pattern of ByteLevel(use_regex=true), published with GPT-2.
 constexpr std::string_view kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+// Digits goes by Rust's tables, which have the digits of Unicode 17 already.
+constexpr std::string_view kDigitsPattern = "[\\p{N}\U00011DE0-\U00011DE9]";
 constexpr size_t kMaxSteps = 64;
 
 std::string escape(std::string_view text) {
@@ -41,8 +43,8 @@ void PreTokenizer::add(const JsonView& json) {
   } else if (type.string() == "Digits") {
     json.only({"type", "individual_digits"});
     const bool single = json["individual_digits"].boolean();
-    steps_.push_back(
-        {Regex(R"(\p{N})", "Digits"), single ? Behavior::kIsolated : Behavior::kContiguous, false});
+    steps_.push_back({Regex(kDigitsPattern, "Digits"),
+                      single ? Behavior::kIsolated : Behavior::kContiguous, false});
   } else if (type.string() == "ByteLevel") {
     json.only({"type", "add_prefix_space", "trim_offsets", "use_regex"});
     if (json["add_prefix_space"].boolean()) prefix_space_at_ = steps_.size();

@@ -86,8 +86,8 @@ class TemplateReader {
         if (text_seen || (*text)["id"].string() != "A") item.refuse("the one Sequence A");
         text_seen = true;
       } else {
-        const std::string& name = item["SpecialToken"]["id"].string();
-        const JsonView ids = special_tokens[name]["ids"];
+        const JsonView name = item["SpecialToken"]["id"];
+        const JsonView ids = special_tokens[name.string()]["ids"];
         auto& part = text_seen ? result_.suffix : result_.prefix;
         for (size_t j = 0; j < ids.size(); ++j) part.push_back(ids[j].integer(0, INT32_MAX));
       }
