@@ -11,6 +11,7 @@
 #include "app/commands/bench.h"
 #include "app/commands/eval.h"
 #include "app/commands/generate.h"
+#include "app/commands/inspect.h"
 #include "app/commands/train.h"
 
 namespace {
@@ -31,8 +32,13 @@ int main(int argc, char** argv) {
   twell::app::add_eval_command(app);
   twell::app::add_generate_command(app);
   twell::app::add_bench_command(app);
+  twell::app::add_inspect_command(app);
   try {
-    app.parse(argc, argv);                 // runs the subcommand's callback
+    app.parse(argc, argv);  // runs the subcommand's callback
+    if (app.get_subcommands().empty()) {
+      std::cerr << app.help();
+      return 2;
+    }
   } catch (const CLI::Success& request) {  // --help, --version
     return app.exit(request);
   } catch (const CLI::ParseError& error) {

@@ -31,7 +31,7 @@ SETTINGS = {
     "data": os.environ.get("TWELL_DEMO_DATA", "/usr/include"),
     "seconds": float(os.environ.get("TWELL_DEMO_SECONDS", "280")),
     "threads": min(2, len(os.sched_getaffinity(0))),
-    "max_bytes": 24 << 20,
+    "max_bytes": 12 << 20,
     "vocabulary": 4096,
     "model": {"layers": 4, "hidden": 256, "neurons": 2048, "heads": 4, "kv-heads": 4},
     "target_active": "3.5%",
@@ -108,7 +108,9 @@ def step_data(folder: Path):
         (heldout if is_heldout else train).append(json.dumps({"text": text}) + "\n")
         if sizes["train"] >= SETTINGS["max_bytes"]:
             break
-    if not train or not heldout:
+    if not heldout and len(train) > 1:
+        heldout.append(train.pop())
+    if not heldout:
         fail(f"{root} has too little text to train on: {len(seen)} files")
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(train))
@@ -134,7 +136,7 @@ def train_model():
         return
     say(f"model: training towards {SETTINGS['target_active']} active neurons")
     if (folder / "checkpoint.safetensors").exists():
-        twell("train", "--resume", "--out", folder, "--threads", SETTINGS["threads"])
+        print(twell("train", "--resume", "--out", folder, "--threads", SETTINGS["threads"]), end="")
         return
     shutil.rmtree(folder, ignore_errors=True)
     flags = {
@@ -147,7 +149,8 @@ def train_model():
         "threads": SETTINGS["threads"],
         **SETTINGS["model"],
     }
-    twell("train", "--out", folder, *(part for k, v in flags.items() for part in (f"--{k}", v)))
+    parts = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    print(twell("train", "--out", folder, *parts), end="")
 
 
 def step_eval() -> dict:

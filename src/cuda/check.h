@@ -35,20 +35,32 @@ inline Status require_current(const Device& device, const std::string& function)
               "; permitted: the current CUDA device, " + std::to_string(current)};
 }
 
-// Launches `kernel` on a one-dimensional grid; a grid of 0 does nothing.
+// Launches `kernel`; a grid of 0 does nothing. `early`: it may start before the previous kernel of
+// the stream ends, and waits for it itself (ptx/grid.cuh).
 template <class... Parameters, class... Arguments>
-Status launch(void (*kernel)(Parameters...), int grid, int threads, std::size_t shared_bytes,
-              cudaStream_t stream, const Arguments&... arguments) {
-  if (grid == 0) return {};
+Status launch_kernel(bool early, void (*kernel)(Parameters...), dim3 grid, int threads,
+                     std::size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return {};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes));
   if (error != cudaSuccess) return check(error, "reserving shared memory");
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   return check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "kernel launch");
+}
+
+template <class Kernel, class... Arguments>
+Status launch(Kernel kernel, dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+              const Arguments&... arguments) {
+  return launch_kernel(false, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace twell::cuda

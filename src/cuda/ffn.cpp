@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cuda/check.h"
+#include "cuda/decode.h"
 #include "cuda/forward.h"
 #include "cuda/tensor_map.h"
 
@@ -128,11 +129,47 @@ class Forward {
   Status status_;
 };
 
+// As Forward, for few tokens.
+Status forward_decode(const FfnPlan& plan, const FfnForwardArgs& args) {
+  const FfnProblem& problem = plan.problem;
+  const DecodeLayout layout(problem);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  auto* base = static_cast<std::byte*>(args.workspace);
+  DecodeCall call = {};
+  call.x = args.x;
+  call.gate = args.weights.gate;
+  call.up = args.weights.up;
+  call.down = args.weights.down;
+  call.y = args.y;
+  call.tokens = static_cast<int>(problem.tokens);
+  call.hidden = static_cast<int>(problem.hidden);
+  call.neurons = static_cast<int>(problem.neurons);
+  call.overlap = plan.device.compute_capability >= 90;
+  call.masks = reinterpret_cast<std::uint8_t*>(base + layout.masks);
+  call.h = reinterpret_cast<std::uint16_t*>(base + layout.h);
+  const FfnStats& stats = args.stats;
+  const bool counts = stats.l0 || stats.l1 || stats.activity;
+  Status status;
+  if (counts) {
+    call.activity =
+        stats.activity ? stats.activity : reinterpret_cast<std::int32_t*>(base + layout.activity);
+    call.partial_l1 = reinterpret_cast<float*>(base + layout.partial_l1);
+    status = check(cudaMemsetAsync(call.activity, 0, problem.neurons * 4, stream), "counts");
+  }
+  if (status.ok()) status = launch_decode_hidden(call, stream);
+  if (status.ok()) status = launch_decode_down(call, stream);
+  if (status.ok() && counts) {
+    status = launch_stats_total(call.activity, call.neurons, call.partial_l1, decode_parts(call),
+                                stats.l0, static_cast<float*>(stats.l1), stream);
+  }
+  return status;
+}
+
 }  // namespace
 
 Status forward(const FfnPlan& plan, const FfnForwardArgs& args) {
   if (Status status = check_call(plan, args); !status.ok()) return status;
-  return Forward(plan, args).run();
+  return takes_decode_path(plan) ? forward_decode(plan, args) : Forward(plan, args).run();
 }
 
 }  // namespace twell::cuda

@@ -19,27 +19,53 @@ inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of th
 inline constexpr int kUnionItem = 256;  // union positions of one piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
 
+// Up to kMaxDecodeTokens tokens take the kernels that read each weight row at most once.
+inline constexpr int kMaxDecodeTokens = 64;
+inline constexpr int kDecodeTokens = 16;  // tokens of a group
+inline constexpr int kDecodeNeurons = 8;  // neurons of the smallest piece of work
+
 template <class T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// Offsets in bytes into the workspace; every part is 256-byte aligned.
+inline bool takes_decode_path(const FfnPlan& plan) { return plan.tile_tokens == kDecodeTokens; }
+
+// Parts of a workspace: offsets in bytes, each 256-byte aligned.
+class Parts {
+ public:
+  std::size_t take(std::int64_t bytes) {
+    const std::size_t offset = bytes_;
+    bytes_ += ceil_div<std::size_t>(static_cast<std::size_t>(bytes), 256) * 256;
+    return offset;
+  }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::size_t bytes_ = 0;
+};
+
+struct DecodeLayout {
+  std::int64_t groups;  // of tokens
+  std::size_t masks, h, activity, partial_l1, bytes;
+
+  explicit DecodeLayout(const FfnProblem& problem)
+      : groups(ceil_div<std::int64_t>(problem.tokens, kDecodeTokens)) {
+    Parts carve;
+    masks = carve.take(groups * problem.neurons / 8);
+    h = carve.take(groups * problem.neurons * kDecodeTokens * 2);
+    activity = carve.take(problem.neurons * 4);
+    partial_l1 = carve.take(groups * ceil_div<std::int64_t>(problem.neurons, kDecodeNeurons) * 4);
+    bytes = carve.bytes();
+  }
+};
+
 struct ForwardLayout {
   std::int64_t tiles = 0;     // of one chunk
   std::int64_t blocks = 0;    // of neurons
   std::int64_t capacity = 0;  // neurons rounded up to a multiple of kUnionStep
 
-  std::size_t masks = 0;
-  std::size_t columns = 0;
-  std::size_t unions = 0;
-  std::size_t counts = 0;
-  std::size_t h = 0;
-  std::size_t order = 0;
-  std::size_t schedule = 0;
-  std::size_t activity = 0;
-  std::size_t partial_l1 = 0;
-  std::size_t bytes = 0;
+  std::size_t masks, columns, unions, counts, h, order, schedule, activity, partial_l1, bytes;
 
   explicit ForwardLayout(const FfnPlan& plan) {
     const std::int64_t all_tiles = ceil_div<std::int64_t>(plan.problem.tokens, kTileTokens);
@@ -47,22 +73,17 @@ struct ForwardLayout {
     blocks = ceil_div<std::int64_t>(plan.problem.neurons, kBlockNeurons);
     capacity = ceil_div<std::int64_t>(plan.problem.neurons, kUnionStep) * kUnionStep;
     constexpr std::int64_t kColumnBytes = kColumnWords * 4;
-    masks = take(2 * tiles * blocks * kMaskWords * 4);
-    columns = take(2 * tiles * blocks * kBlockNeurons * kColumnBytes);
-    unions = take(tiles * capacity * 8);
-    counts = take(tiles * 4);
-    h = take(2 * tiles * capacity * kColumnBytes);
-    order = take(tiles * 4);
-    schedule = take(8 + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
-    activity = take(plan.problem.neurons * 4);
-    partial_l1 = take(all_tiles * 4);
-  }
-
- private:
-  std::size_t take(std::int64_t count) {
-    const std::size_t offset = bytes;
-    bytes += ceil_div<std::size_t>(static_cast<std::size_t>(count), 256) * 256;
-    return offset;
+    Parts carve;
+    masks = carve.take(2 * tiles * blocks * kMaskWords * 4);
+    columns = carve.take(2 * tiles * blocks * kBlockNeurons * kColumnBytes);
+    unions = carve.take(tiles * capacity * 8);
+    counts = carve.take(tiles * 4);
+    h = carve.take(2 * tiles * capacity * kColumnBytes);
+    order = carve.take(tiles * 4);
+    schedule = carve.take(8 + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
+    activity = carve.take(plan.problem.neurons * 4);
+    partial_l1 = carve.take(all_tiles * 4);
+    bytes = carve.bytes();
   }
 };
 

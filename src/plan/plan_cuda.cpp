@@ -13,16 +13,18 @@ namespace {
 // little, small enough that the address space stays bounded.
 constexpr std::int64_t kMaxChunkTiles = 256;
 
-constexpr double kUnknownActive = 0.02;  // share of the neurons assumed active without an estimate
+// Share of the neurons assumed in a tile's union without an estimate: that of layer 5 of the
+// traces.
+constexpr double kUnknownUnion = 0.2;
 
-// Speeds of one Hopper multiprocessor, measured on an H200 (132 of them).
-struct Rates {
-  double dense_tflops = 5.2;  // PyTorch's products
-  double gate_tflops = 5.2;   // the gate projection with its epilogue
-  double union_tflops = 4.5;  // up and down over unions
-};
-
-double milliseconds(double flops, double tflops) { return flops / tflops * 1e-9; }
+// Speeds of an H200 (132 multiprocessors), from bench/results/h200/ffn_forward.json.
+constexpr double kGateTflops = 5.2;   // per multiprocessor: PyTorch's products and our gate
+constexpr double kUnionTflops = 4.5;  // per multiprocessor: up and down over unions
+constexpr double kReadTbPerSecond = 2.2;
+constexpr double kDenseLaunchMs = 0.015;
+constexpr double kTileLaunchMs = 0.06;  // four kernels, each at least one tile long
+constexpr double kDecodeLaunchMs = 0.008;
+constexpr double kDecodeTokenMs = 0.0007;  // per token, at the traces' 2048 x 5632
 
 struct Prediction {
   double dense_ms;
@@ -30,29 +32,58 @@ struct Prediction {
 };
 
 Prediction predict(const FfnProblem& problem, const Device& device, const PlanOptions& options) {
-  const Rates rates;
+  const double tokens = static_cast<double>(problem.tokens);
   const double neurons = static_cast<double>(problem.neurons);
-  const double product = 2.0 * static_cast<double>(problem.tokens) *
-                         static_cast<double>(problem.hidden) * neurons;  // FLOPs
-  const double sms = device.multiprocessors;
+  const double weights = static_cast<double>(problem.hidden) * neurons;  // of one matrix
+  const double flops_per_ms = device.multiprocessors * 1e9;              // at 1 TFLOP/s each
+  const double read_ms = weights * 2 / kReadTbPerSecond * 1e-9;
+  const double product_ms = 2 * tokens * weights / flops_per_ms / kGateTflops;
   const double products = problem.kind == FfnKind::kGated ? 2 : 1;  // besides the gate's
-  const double active = std::min(
-      options.expected_active >= 0 ? options.expected_active : kUnknownActive * neurons, neurons);
-  const double independent = neurons * (1 - std::pow(1 - active / neurons, cuda::kTileTokens));
-  const double in_union =
-      std::min(options.expected_union >= 0 ? options.expected_union : independent, neurons);
-  return {milliseconds((1 + products) * product, rates.dense_tflops * sms),
-          milliseconds(product, rates.gate_tflops * sms) +
-              milliseconds(products * product * in_union / neurons, rates.union_tflops * sms)};
+
+  Prediction out;
+  out.dense_ms = kDenseLaunchMs + (1 + products) * std::max(product_ms, read_ms);
+  if (problem.tokens <= cuda::kMaxDecodeTokens) {
+    out.sparse_ms = kDecodeLaunchMs + read_ms + tokens * kDecodeTokenMs * weights / (2048. * 5632);
+    return out;
+  }
+  double in_union = kUnknownUnion * neurons;
+  if (options.expected_union >= 0) {
+    in_union = std::min(options.expected_union, neurons);
+  } else if (options.expected_active >= 0) {
+    const double active = std::min(options.expected_active / neurons, 1.0);
+    in_union = neurons * (1 - std::pow(1 - active, cuda::kTileTokens));
+  }
+  const double union_ms = 2 * tokens * weights / flops_per_ms / kUnionTflops * in_union / neurons;
+  out.sparse_ms = kTileLaunchMs + product_ms + products * union_ms;
+  return out;
+}
+
+// Ok if the sparse path runs this; otherwise names what it does not.
+Status check_offered(const FfnProblem& problem, const Device& device, bool training) {
+  const auto refuse = [](const std::string& what, const std::string& permitted) {
+    return Status(StatusCode::kUnsupported, "plan_ffn: " + what + "; permitted: " + permitted);
+  };
+  if (problem.dtype != DType::kBf16) {
+    return refuse("dtype is " + std::string(name_of(problem.dtype)), "bfloat16 on a CUDA device");
+  }
+  if (training) {
+    return refuse("training is true", "false on a CUDA device, which has no sparse backward");
+  }
+  const std::string capability =
+      "device.compute_capability is " + std::to_string(device.compute_capability);
+  if (device.compute_capability < 80) return refuse(capability, "80 or newer");
+  if (problem.tokens > cuda::kMaxDecodeTokens && device.compute_capability / 10 != 9) {
+    return refuse(capability + " for " + std::to_string(problem.tokens) + " tokens",
+                  "90 (Hopper) for the sparse path of more than " +
+                      std::to_string(cuda::kMaxDecodeTokens) + " tokens");
+  }
+  return {};
 }
 
 }  // namespace
 
 Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
                           const PlanOptions& options) {
-  const auto refuse = [](const std::string& what, const std::string& permitted) {
-    return Status(StatusCode::kUnsupported, "plan_ffn: " + what + "; permitted: " + permitted);
-  };
   FfnPlan plan;
   plan.problem = problem;
   plan.device = device;
@@ -60,25 +91,23 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   const Prediction prediction = predict(problem, device, options);
   plan.predicted_dense_ms = prediction.dense_ms;
   plan.predicted_sparse_ms = prediction.sparse_ms;
+  const Status offered = check_offered(problem, device, options.training);
   plan.path = options.path;
   if (plan.path == FfnPath::kAuto) {
-    const bool known = options.expected_active >= 0 || options.expected_union >= 0;
-    plan.path =
-        known && prediction.dense_ms < prediction.sparse_ms ? FfnPath::kDense : FfnPath::kSparse;
+    plan.path = !offered.ok() || prediction.dense_ms < prediction.sparse_ms ? FfnPath::kDense
+                                                                            : FfnPath::kSparse;
   }
   if (plan.path == FfnPath::kDense) return plan;
+  if (!offered.ok()) return offered;
 
-  if (device.compute_capability / 10 != 9) {
-    return refuse("device.compute_capability is " + std::to_string(device.compute_capability),
-                  "90 (Hopper) for the sparse path; the dense path runs everywhere");
+  if (problem.tokens <= cuda::kMaxDecodeTokens) {
+    plan.tile_tokens = cuda::kDecodeTokens;
+    plan.chunk_tokens = cuda::kMaxDecodeTokens;
+    plan.block_neurons = cuda::kDecodeNeurons;
+    plan.heavy_tokens = cuda::kDecodeTokens + 1;  // never: active rows are read one by one
+    plan.workspace_bytes = cuda::DecodeLayout(problem).bytes;
+    return plan;
   }
-  if (problem.dtype != DType::kBf16) {
-    return refuse("dtype is " + std::string(name_of(problem.dtype)), "bfloat16 on a CUDA device");
-  }
-  if (options.training) {
-    return refuse("training is true", "false on a CUDA device, which has no sparse backward");
-  }
-
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t chunks = std::max<std::int64_t>(1, cuda::ceil_div(tiles, kMaxChunkTiles));
   plan.tile_tokens = cuda::kTileTokens;

@@ -35,8 +35,16 @@ TEST(PlanCuda, PicksDenseOnlyWhereDenseIsPredictedFaster) {
   EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->path, FfnPath::kSparse);
 }
 
+TEST(PlanCuda, PicksDenseForTheSizesWhereLaunchesDominate) {
+  EXPECT_EQ(plan_ffn(problem(1), hopper())->path, FfnPath::kSparse);
+  EXPECT_EQ(plan_ffn(problem(64), hopper())->path, FfnPath::kDense);
+  EXPECT_EQ(plan_ffn(problem(128), hopper())->path, FfnPath::kDense);
+  EXPECT_EQ(plan_ffn(problem(4096), hopper())->path, FfnPath::kSparse);
+}
+
 TEST(PlanCuda, BoundsTheWorkspaceForAnyNumberOfTokens) {
   const std::size_t large = plan_ffn(problem(131072), hopper())->workspace_bytes;
+  EXPECT_GT(large, 0u);
   EXPECT_LT(large, std::size_t{1} << 30);
   EXPECT_LT(plan_ffn(problem(2000000000), hopper())->workspace_bytes, large + (256u << 20));
   EXPECT_GT(plan_ffn(problem(1), hopper())->workspace_bytes, 0u);
@@ -45,11 +53,13 @@ TEST(PlanCuda, BoundsTheWorkspaceForAnyNumberOfTokens) {
 TEST(PlanCuda, RefusesByName) {
   PlanOptions options;
   options.training = true;
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->path, FfnPath::kDense);
   const auto message = [&](const FfnProblem& p, const Device& device) {
     const Result<FfnPlan> plan = plan_ffn(p, device, options);
     EXPECT_FALSE(plan.ok());
     return plan.status().message();
   };
+  options.path = FfnPath::kSparse;
   EXPECT_NE(message(problem(1), hopper()).find("training is true"), std::string::npos);
   options.training = false;
   FfnProblem wide = problem(1);
@@ -57,7 +67,8 @@ TEST(PlanCuda, RefusesByName) {
   EXPECT_NE(message(wide, hopper()).find("dtype is float32"), std::string::npos);
   Device old = hopper();
   old.compute_capability = 86;
-  EXPECT_NE(message(problem(1), old).find("compute_capability is 86"), std::string::npos);
+  EXPECT_TRUE(plan_ffn(problem(1), old).ok());
+  EXPECT_NE(message(problem(65), old).find("compute_capability is 86"), std::string::npos);
 }
 
 }  // namespace

@@ -75,8 +75,9 @@ class CudaForward : public GpuTest {
     ASSERT_TRUE(status.ok()) << status.message();
     require_cuda(cudaDeviceSynchronize());
 
-    // Half a bf16 unit per rounding of h and of y, about uniform: 2^-9 · sqrt(2 / 3) and margin.
-    const double kTolerance = 0.0027;
+    // Two roundings, of h and of y, each uniform in half a bf16 unit: 2^-9 sqrt(2) at most in the
+    // mean over many values, 2^-8 each in the worst case of few.
+    const double kTolerance = block.x.size() > 1000 ? 0.0027 : 0.0078;
     const std::vector<double> want = block.output();
     EXPECT_LE(relative_error(call.y.download<bf16>(), want), kTolerance);
     for (const DeviceBuffer* buffer :
@@ -110,8 +111,17 @@ TEST_F(CudaForward, MatchesFloat64AtEveryShapeAndDensity) {
     std::int64_t tokens, hidden, neurons;
   };
   for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
-    for (const Size size :
-         {Size{1, 64, 256}, {127, 72, 264}, {128, 8, 8}, {129, 200, 1000}, {300, 520, 1032}}) {
+    for (const Size size : {Size{1, 64, 256},
+                            {3, 8, 8},
+                            {4, 2056, 264},
+                            {16, 264, 4104},
+                            {50, 136, 520},
+                            {64, 64, 256},
+                            {65, 64, 256},
+                            {127, 72, 264},
+                            {128, 8, 8},
+                            {129, 200, 1000},
+                            {300, 520, 1032}}) {
       for (const double density : {0.0, 0.005, 0.5, 1.0}) {
         check(Block(kind, size.tokens, size.hidden, size.neurons, density),
               std::string(name_of(kind)) + " tokens " + std::to_string(size.tokens) + " hidden " +
@@ -143,30 +153,36 @@ TEST_F(CudaForward, TakesActiveNeuronsInOneBlockOnly) {
 
 TEST_F(CudaForward, SpreadsNanAndInfinityAsDense) {
   for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
-    Block block(kind, 300, 72, 520, 0.02);
-    const float nan = std::numeric_limits<float>::quiet_NaN();
-    const float infinity = std::numeric_limits<float>::infinity();
-    block.x[3 * 72 + 5] = to_bf16(nan);
-    block.x[150 * 72 + 6] = to_bf16(infinity);
-    block.x[299 * 72 + 7] = to_bf16(-infinity);
-    Call call(sparse_plan(block.problem, device), block);
-    ASSERT_TRUE(call.run().ok());
-    const std::vector<bf16> got = call.y.download<bf16>();
-    const std::vector<double> want = block.output();
-    for (std::size_t i = 0; i < want.size(); ++i) {
-      if (std::isnan(want[i])) {
-        EXPECT_TRUE(std::isnan(to_float(got[i]))) << i;
-      } else if (std::isinf(want[i])) {
-        EXPECT_EQ(to_float(got[i]), want[i]) << i;
-      } else {
-        EXPECT_TRUE(std::isfinite(to_float(got[i]))) << i;
+    for (const std::int64_t tokens : {40, 300}) {
+      Block block(kind, tokens, 72, 520, 0.02);
+      const float nan = std::numeric_limits<float>::quiet_NaN();
+      const float infinity = std::numeric_limits<float>::infinity();
+      block.x[3 * 72 + 5] = to_bf16(nan);
+      block.x[tokens / 2 * 72 + 6] = to_bf16(infinity);
+      block.x[(tokens - 1) * 72 + 7] = to_bf16(-infinity);
+      Call call(sparse_plan(block.problem, device), block);
+      ASSERT_TRUE(call.run().ok());
+      const std::vector<bf16> got = call.y.download<bf16>();
+      const std::vector<double> want = block.output();
+      for (std::size_t i = 0; i < want.size(); ++i) {
+        if (std::isnan(want[i])) {
+          EXPECT_TRUE(std::isnan(to_float(got[i]))) << i;
+        } else if (std::isinf(want[i])) {
+          EXPECT_EQ(to_float(got[i]), want[i]) << i;
+        } else {
+          EXPECT_TRUE(std::isfinite(to_float(got[i]))) << i;
+        }
       }
     }
   }
 }
 
-TEST_F(CudaForward, IsBitwiseReproducible) {
-  const Block block(FfnKind::kGated, 1500, 264, 2056, 0.05);
+class CudaForwardOfTokens : public CudaForward, public ::testing::WithParamInterface<int> {};
+
+INSTANTIATE_TEST_SUITE_P(FewAndMany, CudaForwardOfTokens, ::testing::Values(16, 300, 1500));
+
+TEST_P(CudaForwardOfTokens, IsBitwiseReproducible) {
+  const Block block(FfnKind::kGated, GetParam(), 264, 2056, 0.05);
   Call call(sparse_plan(block.problem, device), block);
   std::vector<bf16> first_y;
   std::vector<float> first_l1;
@@ -185,9 +201,9 @@ TEST_F(CudaForward, IsBitwiseReproducible) {
   }
 }
 
-TEST_F(CudaForward, ReplaysInAGraphWithChangingInputs) {
-  const Block sparse(FfnKind::kGated, 300, 136, 776, 0.01);
-  const Block dense(FfnKind::kGated, 300, 136, 776, 0.6);
+TEST_P(CudaForwardOfTokens, ReplaysInAGraphWithChangingInputs) {
+  const Block sparse(FfnKind::kGated, GetParam(), 136, 776, 0.01);
+  const Block dense(FfnKind::kGated, GetParam(), 136, 776, 0.6);
   Call call(sparse_plan(sparse.problem, device), sparse);
   cudaStream_t stream;
   require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));

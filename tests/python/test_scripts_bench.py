@@ -132,6 +132,7 @@ def test_figures_are_drawn_from_the_file_alone(tmp_path):
     assert figures("--check") == 1
     assert figures() == 0
     assert figures("--check") == 0
+    assert "![" in readme.read_text()
     text = readme.read_text()
     assert "| trace, layer 5 | 0.72% | 512 tokens | 39.43 ms | 19.00 ms | **2.08×** |" in text
     assert "Some CPU" in text and "abc1234" in text and "2026-01-02" in text
@@ -141,3 +142,7 @@ def test_figures_are_drawn_from_the_file_alone(tmp_path):
 
     file.write_text(json.dumps({"machine": MACHINE, "results": [{**ROW, "ratio": 3.0}]}))
     assert figures("--check") == 1
+
+    file.unlink()
+    assert figures() == 0
+    assert "No figures have been taken yet" in readme.read_text()

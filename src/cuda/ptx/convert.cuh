@@ -1,5 +1,5 @@
 #pragma once
-// Packed bf16 conversions.
+// Packed bf16 conversions and what else needs an instruction of its own.
 
 #include <cstdint>
 
@@ -17,6 +17,13 @@ __device__ __forceinline__ std::uint32_t pack_relu(float low, float high) {
   std::uint32_t packed;
   asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// The larger; NaN if either is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
 }
 
 __device__ __forceinline__ float low_half(std::uint32_t packed) {

@@ -50,11 +50,10 @@ struct Piece {
   }
 };
 
-// Positive, or not finite: a row of x with a NaN or an infinity makes every sum of its row
-// non-finite, and must reach the later products.
-__device__ __forceinline__ std::uint32_t is_active(float value) {
-  const int bits = __float_as_int(value);
-  return (bits != 0) & (bits >= static_cast<int>(0xff800000u));
+// A row of x with a NaN or an infinity makes every sum of its row non-finite, and must reach the
+// later products with all its neurons.
+__device__ __forceinline__ bool is_finite(float value) {
+  return fabsf(value) < __int_as_float(0x7f800000);
 }
 
 __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
@@ -93,11 +92,15 @@ __device__ __forceinline__ void store_columns(const float (&acc)[kBlockNeurons /
   const int quad = threadIdx.x % 4;
 
   std::uint32_t used[2] = {0, 0};  // bit j: column 8 j + 2 quad + parity
+  if (!is_finite(acc[0]) || !is_finite(acc[2])) used[0] = used[1] = ~0u;
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
 #pragma unroll
     for (int parity = 0; parity < 2; ++parity) {
-      used[parity] |= (is_active(acc[4 * j + parity]) | is_active(acc[4 * j + 2 + parity])) << j;
+      // Not <=: a NaN counts as active.
+      if (!(ptx::max_nan(acc[4 * j + parity], acc[4 * j + 2 + parity]) <= 0)) {
+        used[parity] |= 1u << j;
+      }
     }
   }
   const int groups = (chunk.neurons - block * kBlockNeurons) / 8;
@@ -117,14 +120,21 @@ __device__ __forceinline__ void store_columns(const float (&acc)[kBlockNeurons /
 
   // Lane j looks after the columns 8 j to 8 j + 7: which are used, and how many are before them.
   const int lane = threadIdx.x % 32;
+  std::uint32_t words[kMaskWords] = {};
+#pragma unroll
+  for (int i = 0; i < 4 * kMaskWords; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(&warp_masks[0][0] + i);
+    words[i % kMaskWords] |= four.x;
+    words[i % kMaskWords + 1] |= four.y;
+    words[i % kMaskWords + 2] |= four.z;
+    words[i % kMaskWords + 3] |= four.w;
+  }
   std::uint32_t mine = 0;
   int before = 0;
 #pragma unroll
   for (int w = 0; w < kMaskWords; ++w) {
-    const std::uint32_t word =
-        warp_masks[0][w] | warp_masks[1][w] | warp_masks[2][w] | warp_masks[3][w];
-    mine |= ((word >> lane) & 1u) << w;
-    before += __popc(word & ((1u << lane) - 1));
+    mine |= ((words[w] >> lane) & 1u) << w;
+    before += __popc(words[w] & ((1u << lane) - 1));
   }
   if (half_tile >= 2 * chunk.tiles) return;
   const std::size_t place = static_cast<std::size_t>(half_tile) * chunk.blocks + block;
@@ -145,14 +155,14 @@ __device__ __forceinline__ void store_columns(const float (&acc)[kBlockNeurons /
     for (int i = 0; i < kBatch; ++i) {
       if ((groups[i] & 0xffu) == 0) continue;
       const float* values = acc + 4 * (first + i);
-#pragma unroll
-      for (int parity = 0; parity < 2; ++parity) {
-        const int bit = 2 * quad + parity;
-        const int rank = (groups[i] >> 8) + __popc(groups[i] & ((1u << bit) - 1));
-        if ((groups[i] >> bit) & 1u) {
-          out[rank * kColumnWords] = ptx::pack_relu(values[parity], values[2 + parity]);
-        }
+      const std::uint32_t pair = groups[i] >> (2 * quad);
+      const int rank = (groups[i] >> 8) + __popc(groups[i] & ((1u << (2 * quad)) - 1));
+      std::uint32_t* column = out + rank * kColumnWords;
+      if (pair & 1u) {
+        *column = ptx::pack_relu(values[0], values[2]);
+        column += kColumnWords;
       }
+      if (pair & 2u) *column = ptx::pack_relu(values[1], values[3]);
     }
   }
 }

@@ -1,0 +1,248 @@
+"""Times the CUDA forward against PyTorch's bf16 dense FFN in the same process, with L2 flushed.
+
+usage: cuda_ffn.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE [--commit ID]
+
+Medians of CUDA events. A case is a layer of the traces, N neurons chosen at random per token, or
+random weights (half of the gate's values positive). The input that gives a pattern is found by
+gradient descent on x and the gate, until their bf16 product has the pattern exactly.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+
+import numpy
+import torch
+from torch.nn.functional import linear
+from torch.profiler import ProfilerActivity, profile
+
+HIDDEN, NEURONS, TRACE_TOKENS = 2048, 5632, 4096
+KERNELS = ("gate", "unions", "up", "down", "hidden")
+PREFILL = (131072, 16384, 4096, 1024, 512, 128)
+DECODE = (1, 4, 16, 32, 64)
+DECODE_LAYERS = 8  # weights in rotation, so that they come from memory
+
+
+class Forward:
+    """ffn_forward of the core with its workspace."""
+
+    def __init__(self, library, tokens):
+        self.library = library
+        self.message = ctypes.create_string_buffer(1000)
+        sizes = [ctypes.c_int64(v) for v in (tokens, HIDDEN, NEURONS)]
+        self.plan = ctypes.c_void_p(library.twell_bench_plan(1, *sizes, self.message, 1000))
+        if not self.plan:
+            raise RuntimeError(self.message.value.decode())
+        size = library.twell_bench_workspace_bytes(self.plan)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def __del__(self):
+        self.library.twell_bench_free(self.plan)
+
+    def __call__(self, x, gate, up, down, y):
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, gate, up, down, y, self.workspace)]
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        if self.library.twell_bench_forward(self.plan, *pointers, stream, self.message, 1000):
+            raise RuntimeError(self.message.value.decode())
+
+
+def dense(x, gate, up, down_t):
+    return linear(torch.relu(linear(x, gate)) * linear(x, up), down_t)
+
+
+def dense_concatenated(x, gate_up, down_t):
+    gate, up = linear(x, gate_up).chunk(2, dim=1)
+    return linear(torch.relu(gate) * up, down_t)
+
+
+def random_weight(rows, scale):
+    return (torch.randn(rows, HIDDEN, device="cuda") * scale).bfloat16()
+
+
+def trace_pattern(folder, layer):
+    rows = numpy.fromfile(f"{folder}/layer{layer}.rowptr.u32", dtype="<u4").astype(numpy.int64)
+    columns = numpy.fromfile(f"{folder}/layer{layer}.cols.u16", dtype="<u2").astype(numpy.int64)
+    pattern = torch.zeros(TRACE_TOKENS, NEURONS, dtype=torch.bool)
+    tokens = torch.repeat_interleave(torch.arange(TRACE_TOKENS), torch.tensor(numpy.diff(rows)))
+    pattern[tokens, torch.tensor(columns)] = True
+    return pattern.cuda()
+
+
+def uniform_pattern(active):
+    scores = torch.rand(TRACE_TOKENS, NEURONS, device="cuda")
+    pattern = torch.zeros(TRACE_TOKENS, NEURONS, dtype=torch.bool, device="cuda")
+    return pattern.scatter_(1, scores.topk(active, 1).indices, True)
+
+
+def fit(pattern):
+    """x [4096, HIDDEN] and gate with (x gateᵀ > 0) = pattern, by Adam on a squared hinge."""
+    gate = torch.randn(NEURONS, HIDDEN, device="cuda") * HIDDEN**-0.5
+    gate[:, 0] = -0.3
+    x = pattern.float() @ gate
+    x[:, 0] = 1
+    x *= HIDDEN**0.5 / x.norm(dim=1, keepdim=True)
+    sign = pattern.float() * 2 - 1
+    weight = torch.where(pattern, 8.0, 1.0)
+    state = [(x, 0.02, torch.zeros_like(x), torch.zeros_like(x))]
+    state.append((gate, 0.02 * HIDDEN**-0.5, torch.zeros_like(gate), torch.zeros_like(gate)))
+    for step in range(1, 1001):
+        xb, gb = x.bfloat16(), gate.bfloat16()
+        product = (xb @ gb.T).float()
+        if step % 20 == 0 and torch.equal(product > 0, pattern):
+            return xb, gb
+        error = (torch.relu(0.25 - product * sign) * sign * weight).bfloat16()
+        gradients = (-(error @ gb).float(), -(error.T @ xb).float())
+        for (value, rate, mean, square), gradient in zip(state, gradients, strict=True):
+            mean.mul_(0.9).add_(gradient, alpha=0.1)
+            square.mul_(0.98).addcmul_(gradient, gradient, value=0.02)
+            scale = (square / (1 - 0.98**step)).sqrt() + 1e-12
+            value.sub_(rate * mean / (1 - 0.9**step) / scale)
+    raise RuntimeError("no input with this pattern was found in 1000 steps")
+
+
+def median_ms(call, repeats=9):
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times = []
+    for i in range(repeats + 3):
+        flush.zero_()
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def stage_ms(call):
+    """Time of each kernel of one call, by the profiler; empty if it sees none."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    stages = {}
+    for event in found.key_averages():
+        for name in KERNELS:
+            if f"{name}_kernel" in event.key:
+                stages[name] = round(event.device_time_total / 1000, 4)
+    return stages
+
+
+def result(case, tokens, dense_ms, strongest_ms, twell_ms, stages, error):
+    row = {
+        "case": case,
+        "tokens": tokens,
+        "dense_ms": round(dense_ms, 4),
+        "dense_concatenated_ms": round(strongest_ms, 4),
+        "twell_ms": round(twell_ms, 4),
+        "ratio": round(dense_ms / twell_ms, 3),
+        "error": round(error, 5),
+        "stages": stages,
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def relative_error(got, want):
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def prefill(library, case, x, gate, up, down, tokens):
+    x = x.repeat(-(-tokens // len(x)), 1)[:tokens].contiguous()
+    y = torch.empty_like(x)
+    down_t = down.T.contiguous()
+    gate_up = torch.cat((gate, up))
+    forward = Forward(library, tokens)
+    run = lambda: forward(x, gate, up, down, y)  # noqa: E731
+    twell_ms = median_ms(run)
+    dense_ms = median_ms(lambda: dense(x, gate, up, down_t))
+    strongest_ms = median_ms(lambda: dense_concatenated(x, gate_up, down_t))
+    error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
+    return result(case, tokens, dense_ms, strongest_ms, twell_ms, stage_ms(run), error)
+
+
+def graph_ms(call):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    return median_ms(graph.replay, 30) / DECODE_LAYERS
+
+
+def decode(library, case, x, gate, tokens):
+    gates = [gate.clone() for _ in range(DECODE_LAYERS)]
+    ups = [random_weight(NEURONS, HIDDEN**-0.5) for _ in gates]
+    downs = [random_weight(NEURONS, NEURONS**-0.5) for _ in gates]
+    downs_t = [d.T.contiguous() for d in downs]
+    gate_ups = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+    x = x[:tokens].contiguous()
+    y = torch.empty_like(x)
+    forward = Forward(library, tokens)
+
+    def run():
+        for weights in zip(gates, ups, downs, strict=True):
+            forward(x, *weights, y)
+
+    def run_dense():
+        for weights in zip(gates, ups, downs_t, strict=True):
+            dense(x, *weights)
+
+    def run_concatenated():
+        for weights in zip(gate_ups, downs_t, strict=True):
+            dense_concatenated(x, *weights)
+
+    times = [graph_ms(call) for call in (run_dense, run_concatenated, run)]
+    error = relative_error(y, dense(x, gates[-1], ups[-1], downs_t[-1]))
+    return result(f"{case}, graph", tokens, *times, {}, error)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--traces", required=True)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--commit", default="unknown")
+    arguments = parser.parse_args()
+    library = ctypes.CDLL(arguments.library)
+    library.twell_bench_plan.restype = ctypes.c_void_p
+    library.twell_bench_workspace_bytes.restype = ctypes.c_int64
+    torch.manual_seed(0)
+    up = random_weight(NEURONS, HIDDEN**-0.5)
+    down = random_weight(NEURONS, NEURONS**-0.5)
+
+    rows = []
+    for layer in (1, 2, 4, 5, 7):
+        x, gate = fit(trace_pattern(arguments.traces, layer))
+        for tokens in PREFILL if layer == 5 else PREFILL[:2]:
+            rows.append(prefill(library, f"layer {layer}", x, gate, up, down, tokens))
+        if layer == 5:
+            rows += [decode(library, "layer 5", x, gate, tokens) for tokens in DECODE]
+    x, gate = fit(uniform_pattern(29))
+    rows += [prefill(library, "29 uniform", x, gate, up, down, m) for m in PREFILL[:2]]
+    x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(), up.roll(1, 0)
+    rows += [prefill(library, "50% active", x, gate, up, down, m) for m in PREFILL[:2]]
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, driver = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
+    report = {
+        "device": name,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": arguments.commit,
+        "hidden": HIDDEN,
+        "neurons": NEURONS,
+        "results": rows,
+    }
+    with open(arguments.json, "w") as file:
+        json.dump(report, file, indent=1)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
