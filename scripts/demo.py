@@ -34,6 +34,8 @@ SETTINGS = {
     "max_bytes": 12 << 20,
     "vocabulary": 4096,
     "model": {"layers": 4, "hidden": 256, "neurons": 2048, "heads": 4, "kv-heads": 4},
+    # Small steps, so that also a slow machine makes the hundreds that steering the sparsity takes.
+    "batch": {"batch": 4, "context": 256},
     "target_active": "3.5%",
 }
 HELDOUT_SHARE = 0.1
@@ -58,19 +60,23 @@ def write_json(path: Path, value):
     temporary.replace(path)
 
 
-def twell(*arguments) -> str:
-    """Runs the program; its progress goes to the terminal, its answer is returned."""
+def twell(*arguments, quiet: bool = False) -> str:
+    """Runs the program and returns its answer; its progress goes to the terminal unless `quiet`."""
     command = [TWELL, *map(str, arguments)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    messages = subprocess.PIPE if quiet else None
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=messages, text=True, check=False
+    )
     if result.returncode < 0:
         fail(f"`twell {arguments[0]}` was ended by signal {-result.returncode}")
-    if result.returncode > 0:
-        sys.exit(result.returncode)  # it has said why, in one line
+    if result.returncode > 0:  # it has said why, in its last line
+        sys.exit(result.stderr.splitlines()[-1] if quiet else result.returncode)
     return result.stdout
 
 
-def twell_json(*arguments) -> dict:
-    return json.loads(twell(*arguments, "--threads", SETTINGS["threads"], "--json"))
+def twell_json(*arguments, quiet: bool = False) -> dict:
+    answer = twell(*arguments, "--threads", SETTINGS["threads"], "--json", quiet=quiet)
+    return json.loads(answer)
 
 
 def header_files(root: Path):
@@ -148,6 +154,7 @@ def train_model():
         "target-active": SETTINGS["target_active"],
         "threads": SETTINGS["threads"],
         **SETTINGS["model"],
+        **SETTINGS["batch"],
     }
     parts = [part for name, value in flags.items() for part in (f"--{name}", value)]
     print(twell("train", "--out", folder, *parts), end="")
@@ -184,15 +191,15 @@ def unigram_loss() -> float:
 def step_speed() -> dict:
     """Tokens per second of the whole model, dense and TwELL in turn; medians over the turns."""
     prefill = ("eval", "--model", OUT / "model", "--data", OUT / "data/heldout.jsonl")
-    prefill += ("--max-tokens", 65536)
+    prefill += ("--max-tokens", 16384)
     decode = ("generate", "--model", OUT / "model", "--prompt", PROMPT, "--temperature", 0)
     decode += ("--max-tokens", 200)
     rates = {"prefill": {}, "decode": {}}
     for _ in range(TIMING_TURNS):
         for ffn in ("dense", "twell"):
-            answer = twell_json(*prefill, "--ffn", ffn)
+            answer = twell_json(*prefill, "--ffn", ffn, quiet=True)
             rates["prefill"].setdefault(ffn, []).append(answer["tokens_per_second"])
-            answer = twell_json(*decode, "--ffn", ffn)
+            answer = twell_json(*decode, "--ffn", ffn, quiet=True)
             rates["decode"].setdefault(ffn, []).append(answer["decode_tokens_per_second"])
     return {
         job: {ffn: statistics.median(values) for ffn, values in by_ffn.items()}

@@ -78,7 +78,7 @@ def draw_loss(metrics: list[dict], result: dict) -> str:
     axes.margins(x=0)
     axes.set_ylim(bottom=0)
     label(axes, "minutes", "loss, nats per token")
-    legend(axes, loc="upper right")
+    legend(axes, loc="lower left")
     return to_svg(figure, "Loss over time")
 
 
@@ -97,7 +97,7 @@ def draw_active(metrics: list[dict], neurons: int) -> str:
     axes.set_yticks(ticks, [f"{t:g}%" for t in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
     label(axes, "minutes", "neurons active per token")
-    legend(axes, loc="upper right", ncols=2)
+    legend(axes, loc="lower left", ncols=2)
     return to_svg(figure, "Active neurons over time, per layer")
 
 
