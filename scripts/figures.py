@@ -26,6 +26,15 @@ HEADLINE = [
     ("random50%", 512, "gated"),
 ]
 
+GPU_HEADLINE = [
+    ("layer 1", 131072),
+    ("layer 4", 131072),
+    ("layer 5", 131072),
+    ("layer 7", 131072),
+    ("layer 5, graph", 1),
+    ("50% active", 131072),
+]
+
 
 def load(path: Path) -> dict:
     report = json.loads(path.read_text())
@@ -36,6 +45,10 @@ def reports() -> list[dict]:
     """All result files, the CPU with the widest instructions first."""
     cpu = sorted((RESULTS / "cpu").glob("ffn*.json"), key=lambda path: path.name != "ffn.json")
     return [load(path) for path in cpu]
+
+
+def gpu_reports() -> list[dict]:
+    return [load(path) for path in sorted(RESULTS.glob("*/ffn_forward.json"))]
 
 
 def pattern(row: dict) -> str:
@@ -81,6 +94,28 @@ def machine_line(report: dict) -> str:
     )
 
 
+def gpu_table(rows: list[dict]) -> str:
+    lines = [
+        "| activation pattern | tokens | PyTorch dense | twell | speed-up |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        name = row["case"].replace("layer", "trace, layer").replace(", graph", ", CUDA graph")
+        lines.append(
+            f"| {name} | {row['tokens']:,} | {row['dense_ms']:.3f} ms | {row['twell_ms']:.3f} ms |"
+            f" **{row['ratio']:.2f}×** |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_line(report: dict) -> str:
+    file = report["path"].relative_to(ROOT)
+    return (
+        f"The same FFN's forward on an {report['device']}, PyTorch {report['torch']}, commit"
+        f" {report['commit']}; medians, same process, L2 flushed. Data: [{file}]({file})."
+    )
+
+
 def headline_rows(report: dict) -> list[dict]:
     rows = reversed(report["results"])  # of equals, the first counts
     found = {(row["case"], row["tokens"], row["ffn_kind"]): row for row in rows}
@@ -93,7 +128,7 @@ def draw_speedup(report: dict) -> str:
     for place, row in enumerate(rows):
         axes.barh(-place, row["ratio"], height=0.62, color=STAND_INS["twell"])
         axes.text(
-            row["ratio"] + 0.03,
+            max(1, row["ratio"]) + 0.05,  # clear of the bar and of the dashed line
             -place,
             f"{row['ratio']:.2f}×",
             va="center",
@@ -102,10 +137,12 @@ def draw_speedup(report: dict) -> str:
             fontweight="bold",
         )
     axes.axvline(1, color=STAND_INS["dense"], lw=1.4, ls=(0, (4, 3)))
-    names = [
-        f"{pattern(row)} · {100 * row['active_mean'] / row['neurons']:.1f}% active · {job(row)}"
-        for row in rows
-    ]
+    names = []
+    for row in rows:
+        share = f" · {100 * row['active_mean'] / row['neurons']:.1f}% active"
+        names.append(
+            pattern(row) + (share if "active" not in pattern(row) else "") + f" · {job(row)}"
+        )
     axes.set_yticks([-place for place in range(len(rows))], names)
     axes.tick_params(axis="y", labelcolor=STAND_INS["ink"])
     axes.grid(visible=False)
@@ -124,11 +161,16 @@ def readme_block(all_reports: list[dict]) -> str:
     if not all_reports:
         return f"{BEGIN}\nNo figures have been taken yet: run `make bench`.\n{END}"
     report = all_reports[0]
-    return (
-        f"{BEGIN}\n![Speed-up of one feed-forward block](docs/pictures/ffn-cpu.svg)\n\n"
-        f"{table(headline_rows(report))}\n\n{machine_line(report)}\n"
-        f"[All cases](docs/benchmarks.md).\n{END}"
-    )
+    parts = [
+        "![Speed-up of one feed-forward block](docs/pictures/ffn-cpu.svg)",
+        table(headline_rows(report)),
+        machine_line(report),
+    ]
+    for gpu in gpu_reports():
+        rows = [row for row in gpu["results"] if (row["case"], row["tokens"]) in GPU_HEADLINE]
+        parts += [gpu_table(rows), gpu_line(gpu)]
+    parts.append("[All cases](docs/benchmarks.md), the slower ones too.")
+    return f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
 
 
 def benchmarks_page(all_reports: list[dict]) -> str:
@@ -143,6 +185,9 @@ def benchmarks_page(all_reports: list[dict]) -> str:
             f"\n## CPU, {machine['isa'].replace('_', '-')}\n\n{line}\n\n"
             f"{table(report['results'])}\n"
         )
+    for gpu in gpu_reports():
+        line = gpu_line(gpu).replace("](bench/", "](../bench/")
+        parts.append(f"\n## {gpu['device']}\n\n{line}\n\n{gpu_table(gpu['results'])}\n")
     return "".join(parts)
 
 
