@@ -38,7 +38,7 @@ def new_figure(width=6.2, height=3.3):
     with rc_context({"font.family": "sans-serif", "font.size": 10}):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_alpha(0)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
         axes = figure.add_subplot()
     axes.set_facecolor("none")
     for side in ("top", "right", "left"):
