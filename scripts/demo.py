@@ -29,7 +29,7 @@ TWELL = os.environ["TWELL_BIN"]
 OUT = Path(os.environ.get("TWELL_DEMO_OUT", ROOT / "runs/demo"))
 SETTINGS = {
     "data": os.environ.get("TWELL_DEMO_DATA", "/usr/include"),
-    "seconds": float(os.environ.get("TWELL_DEMO_SECONDS", "280")),
+    "seconds": float(os.environ.get("TWELL_DEMO_SECONDS", "270")),
     "threads": min(2, len(os.sched_getaffinity(0))),
     "max_bytes": 12 << 20,
     "vocabulary": 4096,
