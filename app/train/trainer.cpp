@@ -71,15 +71,21 @@ int64_t find_eos(const Tokenizer& tokenizer, const std::string& wanted) {
     if (const auto id = tokenizer.token_to_id(wanted)) return *id;
     throw Error("--eos is '" + wanted + "', and the tokenizer has no such token");
   }
-  for (const char* name : {"<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]"}) {
+  for (const char* name :
+       {"<|eos|>", "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]"}) {
     if (const auto id = tokenizer.token_to_id(name)) return *id;
   }
   throw Error("the tokenizer has none of the usual end-of-text tokens: name yours with --eos");
 }
 
-ModelConfig new_config(const TrainOptions& o, int64_t vocabulary, int64_t eos) {
+// The id that starts a text; where the tokenizer has none of its own, the separator serves.
+int64_t find_bos(const Tokenizer& tokenizer, int64_t eos) {
+  return tokenizer.token_to_id("<|bos|>").value_or(eos);
+}
+
+ModelConfig new_config(const TrainOptions& o, const Tokenizer& tokenizer, int64_t eos) {
   ModelConfig c;
-  c.vocab_size = (vocabulary + 7) / 8 * 8;
+  c.vocab_size = (tokenizer.id_limit() + 7) / 8 * 8;
   c.hidden_size = o.hidden;
   c.intermediate_size = o.neurons;
   c.num_hidden_layers = o.layers;
@@ -89,7 +95,7 @@ ModelConfig new_config(const TrainOptions& o, int64_t vocabulary, int64_t eos) {
   c.max_position_embeddings = o.context;
   c.hidden_act = "relu";
   c.tie_word_embeddings = true;
-  c.bos_token_id = eos;
+  c.bos_token_id = find_bos(tokenizer, eos);
   c.eos_token_ids = {eos};
   return c;
 }
@@ -104,10 +110,10 @@ void write_tokenizer(const fs::path& folder, const Tokenizer& tokenizer, const f
     write_file(folder / "tokenizer_config.json", read_file(given, uint64_t{1} << 24));
     return;
   }
-  const std::string token = tokenizer.id_to_token(eos).value_or("");
+  const auto name = [&](int64_t id) { return tokenizer.id_to_token(id).value_or(""); };
   const Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
-                       {"bos_token", token},
-                       {"eos_token", token},
+                       {"bos_token", name(find_bos(tokenizer, eos))},
+                       {"eos_token", name(eos)},
                        {"model_max_length", context},
                        {"clean_up_tokenization_spaces", false}};
   write_file(folder / "tokenizer_config.json", config.dump(2) + "\n");
@@ -221,8 +227,7 @@ Llama Trainer::make_model(bool resume) {
     if (!o.init.empty()) {
       return Llama::load(o.init, torch::kFloat32, torch::kBFloat16, device_);
     }
-    return Llama::create(new_config(o, tokenizer_.id_limit(), eos_), o.seed, torch::kBFloat16,
-                         device_);
+    return Llama::create(new_config(o, tokenizer_, eos_), o.seed, torch::kBFloat16, device_);
   }();
   if (!model.is_relu()) {
     throw Error(o.init + " has hidden_act \"" + model.config().hidden_act +
