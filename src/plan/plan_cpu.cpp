@@ -6,6 +6,7 @@
 
 #include "cpu/ffn.h"
 #include "cpu/kernels.h"
+#include "plan/choice.h"
 
 namespace twell::plan {
 namespace {
@@ -57,11 +58,6 @@ constexpr double kUnknownActive = 0.02;  // share of the neurons assumed active 
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-struct Prediction {
-  double dense_ms;
-  double sparse_ms;
-};
-
 Prediction predict(const FfnProblem& problem, const Device& device, const PlanOptions& options) {
   const Rates rate = rates(problem.dtype, device.isa);
   const double tokens = static_cast<double>(problem.tokens);
@@ -103,20 +99,10 @@ Result<FfnPlan> plan_cpu(const FfnProblem& problem, const Device& device,
         StatusCode::kInvalidArgument,
         "plan_ffn: device.threads is " + std::to_string(device.threads) + "; permitted: 1 or more");
   }
-  FfnPlan plan;
-  plan.problem = problem;
-  plan.device = device;
-  plan.training = options.training;
-
   const Prediction prediction = predict(problem, device, options);
-  plan.predicted_dense_ms = prediction.dense_ms;
-  plan.predicted_sparse_ms = prediction.sparse_ms;
-  plan.path = options.path;
-  if (plan.path == FfnPath::kAuto) {
-    const bool known = options.expected_active >= 0;
-    plan.path =
-        known && prediction.dense_ms < prediction.sparse_ms ? FfnPath::kDense : FfnPath::kSparse;
-  }
+  const bool known = options.expected_active >= 0;
+  FfnPlan plan = choose_path(problem, device, options, prediction,
+                             known && prediction.dense_ms < prediction.sparse_ms);
   if (plan.path == FfnPath::kDense) return plan;
 
   // None of this may depend on the number of threads: the order of every sum follows from it.

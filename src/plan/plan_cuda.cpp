@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/layout.h"
+#include "plan/choice.h"
 
 namespace twell::plan {
 namespace {
@@ -25,11 +26,6 @@ constexpr double kDenseLaunchMs = 0.015;
 constexpr double kTileLaunchMs = 0.06;  // four kernels, each at least one tile long
 constexpr double kDecodeLaunchMs = 0.008;
 constexpr double kDecodeTokenMs = 0.0007;  // per token, at the traces' 2048 x 5632
-
-struct Prediction {
-  double dense_ms;
-  double sparse_ms;
-};
 
 Prediction predict(const FfnProblem& problem, const Device& device, const PlanOptions& options) {
   const double tokens = static_cast<double>(problem.tokens);
@@ -84,19 +80,10 @@ Status check_offered(const FfnProblem& problem, const Device& device, bool train
 
 Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
                           const PlanOptions& options) {
-  FfnPlan plan;
-  plan.problem = problem;
-  plan.device = device;
-  plan.training = options.training;
   const Prediction prediction = predict(problem, device, options);
-  plan.predicted_dense_ms = prediction.dense_ms;
-  plan.predicted_sparse_ms = prediction.sparse_ms;
   const Status offered = check_offered(problem, device, options.training);
-  plan.path = options.path;
-  if (plan.path == FfnPath::kAuto) {
-    plan.path = !offered.ok() || prediction.dense_ms < prediction.sparse_ms ? FfnPath::kDense
-                                                                            : FfnPath::kSparse;
-  }
+  FfnPlan plan = choose_path(problem, device, options, prediction,
+                             !offered.ok() || prediction.dense_ms < prediction.sparse_ms);
   if (plan.path == FfnPath::kDense) return plan;
   if (!offered.ok()) return offered;
 
