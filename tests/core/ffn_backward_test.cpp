@@ -19,50 +19,30 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // All elements are multiples of 1/8 in [-1, 1], so g, u and dh are exact in float32 and the
-// activity pattern is the same for every type and order of summation. The last column of x and of
-// the gate is a bias that sets the pattern.
+// activity pattern is the same for every type and order of summation.
 template <class T>
-struct Case {
-  FfnProblem problem;
-  std::vector<T> x, gate, up, down, grad_y;
+struct Case : FfnTensors<T> {
+  std::vector<T> grad_y;
   double grad_l1 = 0.25;
 
-  Case(FfnKind kind, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
-       double density) {
-    problem = {kind, kDType<T>, tokens, hidden, neurons};
-    std::mt19937_64 random(static_cast<std::uint64_t>(tokens * 1000003 + hidden * 1009 + neurons));
-    const auto fill = [&](std::vector<T>& v, std::int64_t rows) {
-      v.resize(static_cast<std::size_t>(rows * hidden));
-      for (T& e : v) assign(e, (static_cast<double>(random() % 17) - 8) / 8);
-    };
-    fill(x, tokens);
-    fill(gate, neurons);
-    fill(up, neurons);
-    fill(down, neurons);
-    fill(grad_y, tokens);
-    for (std::int64_t t = 0; t < tokens; ++t) set_token_bias(t, 1);
+  Case(FfnKind kind, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons, double density)
+      : FfnTensors<T>(kind, tokens, hidden, neurons) {
+    const auto eighths = [this] { return (static_cast<double>(this->random() % 17) - 8) / 8; };
+    this->fill(this->x, tokens, eighths);
+    this->fill(this->gate, neurons, eighths);
+    this->fill(this->up, neurons, eighths);
+    this->fill(this->down, neurons, eighths);
+    this->fill(grad_y, tokens, eighths);
+    for (std::int64_t t = 0; t < tokens; ++t) this->set_token_bias(t, 1);
     for (std::int64_t n = 0; n < neurons; ++n) set_density(n, density);
   }
 
-  void set_token_bias(std::int64_t t, double bias) {
-    assign(x[(t + 1) * problem.hidden - 1], bias);
-  }
   void set_density(std::int64_t n, double density) {
-    const double deviation = 0.375 * std::sqrt(static_cast<double>(problem.hidden - 1));
-    const double bias = density <= 0   ? -2048
-                        : density >= 1 ? 2048
-                                       : std::round(8 * deviation * quantile(density)) / 8;
-    assign(first_weights()[(n + 1) * problem.hidden - 1], bias);
-  }
-  std::vector<T>& first_weights() { return problem.kind == FfnKind::kGated ? gate : up; }
-
-  static double quantile(double density) {  // of the normal distribution, by bisection
-    double low = -6, high = 6;
-    for (int i = 0; i < 60; ++i) {
-      const double middle = (low + high) / 2;
-      (0.5 * std::erfc(-middle / std::sqrt(2.0)) < density ? low : high) = middle;
-    }
-    return low;
+    const double deviation = 0.375 * std::sqrt(static_cast<double>(this->problem.hidden - 1));
+    this->set_neuron_bias(n, density <= 0 ? -2048
+                             : density >= 1
+                                 ? 2048
+                                 : std::round(8 * deviation * normal_quantile(density)) / 8);
   }
 };
 
@@ -130,18 +110,13 @@ template <class T>
 class Pass {
  public:
   Pass(const Case<T>& c, Device device) : case_(c) {
-    PlanOptions options;
-    options.path = FfnPath::kSparse;
-    options.training = true;
-    auto plan = plan_ffn(c.problem, device, options);
-    EXPECT_TRUE(plan.ok()) << plan.status().message();
-    plan_ = plan.value();
+    plan_ = sparse_plan(c.problem, device, /*training=*/true);
     saved_ = std::make_unique<Buffer>(plan_.saved_bytes);
     Buffer y(c.x.size() * sizeof(T));
     Buffer workspace(plan_.workspace_bytes);
     FfnForwardArgs args;
     args.x = c.x.data();
-    args.weights = weights();
+    args.weights = case_.weights();
     args.y = y.data();
     args.saved = saved_->data();
     args.workspace = workspace.data();
@@ -166,7 +141,7 @@ class Pass {
     args.grad_y = case_.grad_y.data();
     args.grad_l1 = sizeof(T) == 8 ? static_cast<const void*>(&case_.grad_l1) : &l1_float;
     args.x = case_.x.data();
-    args.weights = weights();
+    args.weights = case_.weights();
     args.saved = saved_->data();
     args.grad_x = want('x', *x);
     args.grad_gate = gated() ? want('g', *gate) : nullptr;
@@ -187,11 +162,6 @@ class Pass {
   std::unique_ptr<Buffer> x, gate, up, down;
 
  private:
-  FfnWeights weights() const {
-    return {plan_.problem.kind == FfnKind::kGated ? case_.gate.data() : nullptr, case_.up.data(),
-            case_.down.data()};
-  }
-
   const Case<T>& case_;
   FfnPlan plan_;
   std::unique_ptr<Buffer> saved_;
@@ -201,7 +171,7 @@ class Pass {
 // What has no terms, such as a silent neuron's gradient, must be exactly 0.
 template <class T>
 void expect_matches(const char* name, const Gradient& want, Buffer& got) {
-  const double tolerance = 3.1 * kEpsilon<T> + 64 * (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24);
+  const double tolerance = 3.1 * kEpsilon<T> + kSummingError<T>;
   const T* values = got.as<T>();
   for (std::size_t i = 0; i < want.value.size(); ++i) {
     const double value = value_of(values[i]);
@@ -419,19 +389,16 @@ TEST(FfnBackwardDifferences, AgreeInFloat64) {
       *v = moved(*v, noise(v->size()), 0.01);
     }
     const auto loss = [](const Case<double>& at) {
-      PlanOptions options;
-      options.path = FfnPath::kSparse;
-      const auto plan = plan_ffn(at.problem, cpu_device(1), options);
-      Buffer y(at.x.size() * sizeof(double)), workspace(plan->workspace_bytes);
+      const FfnPlan plan = sparse_plan(at.problem, cpu_device(1), /*training=*/false);
+      Buffer y(at.x.size() * sizeof(double)), workspace(plan.workspace_bytes);
       double l1 = 0;
       FfnForwardArgs args;
       args.x = at.x.data();
-      args.weights = {at.problem.kind == FfnKind::kGated ? at.gate.data() : nullptr, at.up.data(),
-                      at.down.data()};
+      args.weights = at.weights();
       args.y = y.data();
       args.stats.l1 = &l1;
       args.workspace = workspace.data();
-      EXPECT_TRUE(ffn_forward(plan.value(), args).ok());
+      EXPECT_TRUE(ffn_forward(plan, args).ok());
       double sum = at.grad_l1 * l1;
       for (std::size_t i = 0; i < at.x.size(); ++i) sum += at.grad_y[i] * y.as<double>()[i];
       return sum;

@@ -15,37 +15,23 @@ namespace twell {
 namespace {
 
 template <class T>
-struct Case {
-  FfnProblem problem;
-  std::vector<T> x, gate, up, down;
-
-  // About `density` of the gate's values are positive: a last column of x and G is a bias.
-  Case(FfnKind kind, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
-       double density) {
-    problem = {kind, kDType<T>, tokens, hidden, neurons};
-    std::mt19937_64 random(static_cast<std::uint64_t>(tokens * 1000003 + hidden * 1009 + neurons));
+struct Case : FfnTensors<T> {
+  // About `density` of the gate's values are positive.
+  Case(FfnKind kind, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons, double density)
+      : FfnTensors<T>(kind, tokens, hidden, neurons) {
     std::normal_distribution<double> normal;
-    const auto fill = [&](std::vector<T>& v, std::int64_t rows, double scale) {
-      v.resize(static_cast<std::size_t>(rows * hidden));
-      for (T& e : v) assign(e, scale * normal(random));
+    const auto scaled = [&](std::int64_t fan_in) {
+      return [&, scale = 1 / std::sqrt(static_cast<double>(fan_in))] {
+        return scale * normal(this->random);
+      };
     };
-    fill(x, tokens, 1);
-    fill(gate, neurons, 1 / std::sqrt(static_cast<double>(hidden)));
-    fill(up, neurons, 1 / std::sqrt(static_cast<double>(hidden)));
-    fill(down, neurons, 1 / std::sqrt(static_cast<double>(neurons)));
-    std::vector<T>& first = kind == FfnKind::kGated ? gate : up;
-    const double bias = density <= 0 ? -100 : density >= 1 ? 100 : quantile(density);
-    for (std::int64_t t = 0; t < tokens; ++t) assign(x[(t + 1) * hidden - 1], 1);
-    for (std::int64_t n = 0; n < neurons; ++n) assign(first[(n + 1) * hidden - 1], bias);
-  }
-
-  static double quantile(double density) {  // of the normal distribution, by bisection
-    double low = -6, high = 6;
-    for (int i = 0; i < 60; ++i) {
-      const double middle = (low + high) / 2;
-      (0.5 * std::erfc(-middle / std::sqrt(2.0)) < density ? low : high) = middle;
-    }
-    return low;
+    this->fill(this->x, tokens, scaled(1));
+    this->fill(this->gate, neurons, scaled(hidden));
+    this->fill(this->up, neurons, scaled(hidden));
+    this->fill(this->down, neurons, scaled(neurons));
+    const double bias = density <= 0 ? -100 : density >= 1 ? 100 : normal_quantile(density);
+    for (std::int64_t t = 0; t < tokens; ++t) this->set_token_bias(t, 1);
+    for (std::int64_t n = 0; n < neurons; ++n) this->set_neuron_bias(n, bias);
   }
 };
 
@@ -64,7 +50,7 @@ Oracle oracle(const Case<T>& c) {
   out.error = out.y;
   // g, h and y are rounded to T once each; sums lose a little of the sum of their terms' sizes.
   const double rounding = 4 * kEpsilon<T>;
-  const double summing = 64 * (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24);
+  const double summing = kSummingError<T>;
   const bool gated = kind == FfnKind::kGated;
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t n = 0; n < neurons; ++n) {
@@ -106,29 +92,24 @@ struct Output {
 
 template <class T>
 Output<T> run(const Case<T>& c, Device device, bool training = false) {
-  PlanOptions options;
-  options.path = FfnPath::kSparse;
-  options.training = training;
-  const auto plan = plan_ffn(c.problem, device, options);
-  EXPECT_TRUE(plan.ok()) << plan.status().message();
+  const FfnPlan plan = sparse_plan(c.problem, device, training);
   Output<T> out;
   out.y = Buffer(c.x.size() * sizeof(T));
   out.activity.assign(static_cast<std::size_t>(c.problem.neurons), -7);
-  Buffer workspace(plan->workspace_bytes);
-  Buffer saved(plan->saved_bytes);
+  Buffer workspace(plan.workspace_bytes);
+  Buffer saved(plan.saved_bytes);
   float l1_float = -1;
   double l1_double = -1;
   FfnForwardArgs args;
   args.x = c.x.data();
-  args.weights = {c.problem.kind == FfnKind::kGated ? c.gate.data() : nullptr, c.up.data(),
-                  c.down.data()};
+  args.weights = c.weights();
   args.y = out.y.data();
   args.stats.l0 = &out.l0;
   args.stats.l1 = sizeof(T) == 8 ? static_cast<void*>(&l1_double) : &l1_float;
   args.stats.activity = out.activity.data();
   args.saved = training ? saved.data() : nullptr;
   args.workspace = workspace.data();
-  const Status status = ffn_forward(plan.value(), args);
+  const Status status = ffn_forward(plan, args);
   EXPECT_TRUE(status.ok()) << status.message();
   EXPECT_TRUE(out.y.guard_intact());
   EXPECT_TRUE(workspace.guard_intact());
@@ -236,7 +217,7 @@ TEST(FfnForwardArguments, AreRefusedByName) {
   std::vector<float> y(32);
   FfnForwardArgs good;
   good.x = c.x.data();
-  good.weights = {c.gate.data(), c.up.data(), c.down.data()};
+  good.weights = c.weights();
   good.y = y.data();
   good.workspace = workspace.data();
   ASSERT_TRUE(ffn_forward(plan, good).ok());
