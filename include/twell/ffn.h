@@ -15,6 +15,12 @@
 // on CUDA, a stream. Results are exact at every density and bitwise reproducible on the same
 // machine for any number of threads. A token whose x holds a NaN or an infinity counts every
 // neuron as active, so that 0 · inf spreads exactly as it does in the dense block.
+//
+// Not so in a weight. A NaN in the row that decides (G; plain: U) makes the neuron active for every
+// token, and whatever is in an active neuron's rows reaches its tokens, as in the dense block. But
+// the other rows of a neuron that no token of a tile activates are not read: a NaN or an infinity
+// there leaves the tile's y and gradients as they are, where the dense block's 0 · inf is NaN. If
+// some tokens of the tile activate the neuron, the tile's other tokens may get that NaN or not.
 
 #include <cstddef>
 #include <cstdint>

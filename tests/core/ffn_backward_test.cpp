@@ -346,6 +346,28 @@ TYPED_TEST(FfnBackward, NanAndInfinitySpreadAsInTheDenseBlock) {
   }
 }
 
+// As twell/ffn.h says: what no token activates is not read, so 0 · inf does not arise.
+TYPED_TEST(FfnBackward, NanAndInfinityInASilentNeuronsWeightsHaveNoEffect) {
+  for (const FfnKind kind : kKinds) {
+    for (const std::int64_t tokens : {5, 150}) {
+      Case<TypeParam> good(kind, tokens, 24, 40, 0.4);
+      good.set_density(7, 0);
+      for (const double bad : {kNan, kInfinity, -kInfinity}) {
+        Case<TypeParam> c = good;
+        assign(c.down[7 * 24 + 3], bad);
+        if (kind == FfnKind::kGated) assign(c.up[7 * 24 + 3], bad);
+        for (const CpuIsa isa : machine_isas()) {
+          SCOPED_TRACE(describe(c, isa) + ", value " + std::to_string(bad));
+          Pass<TypeParam> clean(good, device_of(isa, 1)), got(c, device_of(isa, 1));
+          clean.backward();
+          got.backward();
+          expect_same_bits(clean, got);
+        }
+      }
+    }
+  }
+}
+
 // At u = 0 a neuron may be active with h = 0: the L1 term has no gradient there.
 TYPED_TEST(FfnBackward, L1GradientAtZero) {
   Case<TypeParam> c(FfnKind::kGated, 20, 8, 8, 1);

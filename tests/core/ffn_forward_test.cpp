@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -205,6 +206,47 @@ TYPED_TEST(FfnForward, NanAndInfinityInATokenSpreadToThatTokenOnly) {
             EXPECT_EQ(y, value_of(clean.y.template as<T>()[i])) << i;
           }
         }
+      }
+    }
+  }
+}
+
+// As twell/ffn.h says: what no token activates is not read, so 0 · inf does not arise.
+TYPED_TEST(FfnForward, NanAndInfinityInAWeightReachWhoActivatesTheNeuron) {
+  using T = TypeParam;
+  const std::int64_t silent = 5, busy = 6, hidden = 64;
+  const double inf = std::numeric_limits<double>::infinity();
+  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+    for (const std::int64_t tokens : {2, 70, 200}) {
+      Case<T> good(kind, tokens, hidden, 136, 0.3);
+      good.set_neuron_bias(silent, -100);
+      good.set_neuron_bias(busy, 100);
+      const auto poisoned = [&](std::vector<T> Case<T>::*weights, std::int64_t neuron, double bad) {
+        Case<T> c = good;
+        assign((c.*weights)[neuron * hidden + 3], bad);
+        return c;
+      };
+      for (const CpuIsa isa : machine_isas()) {
+        SCOPED_TRACE(std::string(name_of(isa)) + ", " + name_of(kind) + ", tokens " +
+                     std::to_string(tokens));
+        const auto clean = run(good, device_of(isa, 1));
+        const auto finite_values = [&](const Case<T>& c) {
+          auto got = run(c, device_of(isa, 1));
+          const T* y = got.y.template as<T>();
+          return std::count_if(y, y + tokens * hidden,
+                               [](T v) { return std::isfinite(value_of(v)); });
+        };
+        for (const double bad : {std::nan(""), inf, -inf}) {
+          EXPECT_TRUE(run(poisoned(&Case<T>::down, silent, bad), device_of(isa, 1)).y == clean.y);
+          // The row's one bad element is one column of y.
+          EXPECT_EQ(finite_values(poisoned(&Case<T>::down, busy, bad)), tokens * (hidden - 1));
+          if (kind == FfnKind::kGated) {
+            EXPECT_TRUE(run(poisoned(&Case<T>::up, silent, bad), device_of(isa, 1)).y == clean.y);
+            EXPECT_EQ(finite_values(poisoned(&Case<T>::up, busy, bad)), 0);
+          }
+        }
+        const auto deciding = kind == FfnKind::kGated ? &Case<T>::gate : &Case<T>::up;
+        EXPECT_EQ(finite_values(poisoned(deciding, silent, std::nan(""))), 0);
       }
     }
   }
