@@ -11,11 +11,15 @@
 namespace twell::plan {
 namespace {
 
-// Speeds of one thread, in GFLOP/s. Measured: see docs/kernels/cpu_ffn.md.
+// The cost model. Every product costs its FLOPs, the bytes it brings in from memory and, where they
+// count, its elements; costs add up, since they overlap little. What differs between instruction
+// sets is in Rates, the rest in constants; docs/kernels/cpu_ffn.md says how they were measured.
+
+// Speeds of one thread, in GFLOP/s.
 struct Rates {
   double product;    // our dense product
   double heavy;      // the same over the gathered rows of a union
-  double dense;      // PyTorch's, which the dense path would use
+  double dense;      // PyTorch's product
   double light;      // row by row: dots and weighted sums
   int heavy_tokens;  // of 128: where the dense product overtakes row by row
 };
@@ -24,20 +28,20 @@ Rates rates(DType dtype, CpuIsa isa) {
   if (dtype == DType::kBf16) {
     switch (isa) {
       case CpuIsa::kAmxBf16:
-        return {1000, 650, 800, 30, 12};
+        return {1000, 650, 1000, 75, 12};
       case CpuIsa::kAvx512Bf16:
-        return {480, 380, 310, 38, 32};
+        return {230, 185, 230, 75, 32};
       case CpuIsa::kAvx2:
-        return {80, 60, 28, 30, 48};
+        return {62, 52, 23, 45, 48};
       case CpuIsa::kPortable:
-        return {37, 30, 10, 15, 64};
+        return {24, 30, 8, 24, 64};
     }
   }
   const double scale = dtype == DType::kFloat32 ? 1 : 0.5;
   switch (isa) {
     case CpuIsa::kAmxBf16:
     case CpuIsa::kAvx512Bf16:
-      return {100 * scale, 90 * scale, 100 * scale, 20 * scale, 32};
+      return {90 * scale, 52 * scale, 100 * scale, 50 * scale, 32};
     case CpuIsa::kAvx2:
       return {50 * scale, 45 * scale, 60 * scale, 15 * scale, 48};
     case CpuIsa::kPortable:
@@ -46,9 +50,23 @@ Rates rates(DType dtype, CpuIsa isa) {
   return {12 * scale, 12 * scale, 60 * scale, 6 * scale, 64};
 }
 
-constexpr double kReadGbPerSecond = 20;       // of one thread, from memory
-constexpr double kDenseReadGbPerSecond = 11;  // likewise, PyTorch's matrix-vector product
-constexpr double kMostReaders = 8;            // threads beyond which reading gets no faster
+// Of one thread. Weights come from memory; rows of weights that a tile gathers, mostly from cache.
+constexpr double kReadGbPerSecond = 24;
+constexpr double kDenseReadGbPerSecond = 10.5;  // PyTorch's products of few tokens
+constexpr double kRowGbPerSecond = 8;
+constexpr double kMostReaders = 8;  // threads beyond which memory gets no faster
+
+// Gradients of weights are new memory in every step. malloc reuses small blocks; large ones come
+// from the system, which clears them page by page.
+constexpr double kWriteGbPerSecond = 5.5;
+constexpr double kFaultGbPerSecond = 2;
+constexpr double kFaultBytes = 4 << 20;
+
+constexpr double kCallMs = 0.033;        // to start one product
+constexpr double kElementwiseNs = 1.35;  // PyTorch's passes over an element of [tokens, neurons]
+constexpr double kPackNs = 0.6;          // to compare and pack such an element
+constexpr double kPairNs = 4;            // to find an active (token, neuron) pair
+constexpr double kCoefficientNs = 1.4;   // per heavy element of the backward
 
 constexpr std::int64_t kTileTokens = 128;
 constexpr std::int64_t kChunkTokens = 512;
@@ -58,35 +76,100 @@ constexpr double kUnknownActive = 0.02;  // share of the neurons assumed active 
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// Predicts the milliseconds of a block, of the forward or of forward and backward.
+class Predictor {
+ public:
+  Predictor(const FfnProblem& problem, const Device& device, const PlanOptions& options)
+      : rate_(rates(problem.dtype, device.isa)),
+        by_dots_(problem.tokens <= cpu::kMaxDotTokens),
+        tokens_(static_cast<double>(problem.tokens)),
+        padded_tokens_(static_cast<double>(
+            by_dots_ ? problem.tokens : round_up(problem.tokens, cpu::kPanelColumns))),
+        hidden_(static_cast<double>(problem.hidden)),
+        neurons_(static_cast<double>(problem.neurons)),
+        row_bytes_(hidden_ * static_cast<double>(size_of(problem.dtype))),
+        later_products_(problem.kind == FfnKind::kGated ? 2 : 1),
+        threads_(device.threads),
+        readers_(std::min(threads_, kMostReaders)) {
+    active_ =
+        std::min(options.expected_active >= 0 ? options.expected_active : kUnknownActive * neurons_,
+                 neurons_);
+    const double tile = std::min(tokens_, static_cast<double>(kTileTokens));
+    const double independent = neurons_ * (1 - std::pow(1 - active_ / neurons_, tile));
+    in_union_ =
+        std::min(options.expected_union >= 0 ? options.expected_union : independent, neurons_);
+  }
+
+  double dense_forward() const {
+    const double read_ms = matrix_bytes() / kDenseReadGbPerSecond * 1e-6 / readers_;
+    return (1 + later_products_) * (kCallMs + dense_product() + read_ms) + elementwise();
+  }
+
+  // Of each of the forward's products two, and the gradient of its weights.
+  double dense_backward() const {
+    return (1 + later_products_) * (2 * kCallMs + 2 * dense_product() + write_gradient()) +
+           2 * elementwise();
+  }
+
+  double sparse_forward() const {
+    const double read_ms = matrix_bytes() / kReadGbPerSecond * 1e-6 / readers_;
+    const double gate_ms =
+        spread(padded_tokens_ * neurons_ * element(by_dots_ ? rate_.light : rate_.product)) +
+        spread(by_dots_ ? 0 : tokens_ * neurons_ * kPackNs);
+    return kCallMs + gate_ms + read_ms +
+           later_products_ * active_product(1, gather_rows(), kPackNs);
+  }
+
+  // For each of the forward's products, dh or a share of dx, which gather rows as up and down do,
+  // and the gradient of its weights, which does not.
+  double sparse_backward() const {
+    return (1 + later_products_) *
+           (kCallMs + active_product(2, gather_rows(), kCoefficientNs) + write_gradient());
+  }
+
+ private:
+  // Nanoseconds for one element of a product over `hidden`, at GFLOP/s.
+  double element(double rate) const { return 2 * hidden_ / rate; }
+  // Milliseconds for one thread's nanoseconds, spread over all.
+  double spread(double ns) const { return ns * 1e-6 / threads_; }
+
+  double matrix_bytes() const { return neurons_ * row_bytes_; }
+  double dense_product() const { return spread(tokens_ * neurons_ * element(rate_.dense)); }
+  double elementwise() const {
+    return later_products_ * spread(tokens_ * neurons_ * kElementwiseNs);
+  }
+  double write_gradient() const {
+    const double speed = matrix_bytes() < kFaultBytes ? kWriteGbPerSecond : kFaultGbPerSecond;
+    return matrix_bytes() / speed * 1e-6 / readers_;
+  }
+  double gather_rows() const {
+    const double tiles = std::ceil(tokens_ / static_cast<double>(kTileTokens));
+    return spread(tiles * in_union_ * row_bytes_ / kRowGbPerSecond);
+  }
+  // `count` products over the active places: row by row, or dense over each tile's union, whose
+  // rate includes the gathering.
+  double active_product(int count, double rows_ms, double heavy_ns) const {
+    const double light_ms = spread(tokens_ * active_ * (element(rate_.light) + kPairNs));
+    const double heavy_ms =
+        spread(in_union_ * (padded_tokens_ * element(rate_.heavy) + tokens_ * heavy_ns));
+    return by_dots_ ? count * light_ms + rows_ms
+                    : std::min(count * light_ms + rows_ms, count * heavy_ms);
+  }
+
+  Rates rate_;
+  bool by_dots_;  // few tokens: rows of G stream past them
+  double tokens_, padded_tokens_, hidden_, neurons_, row_bytes_, later_products_, threads_,
+      readers_, active_, in_union_;
+};
+
 Prediction predict(const FfnProblem& problem, const Device& device, const PlanOptions& options) {
-  const Rates rate = rates(problem.dtype, device.isa);
-  const double tokens = static_cast<double>(problem.tokens);
-  const double hidden = static_cast<double>(problem.hidden);
-  const double neurons = static_cast<double>(problem.neurons);
-  const double active = std::min(
-      options.expected_active >= 0 ? options.expected_active : kUnknownActive * neurons, neurons);
-  const double tile = std::min(tokens, static_cast<double>(kTileTokens));
-  const double independent = neurons * (1 - std::pow(1 - active / neurons, tile));
-  const double in_union =
-      std::min(options.expected_union >= 0 ? options.expected_union : independent, neurons);
-
-  const double threads = device.threads;
-  const double matrix_bytes = neurons * hidden * static_cast<double>(size_of(problem.dtype));
-  const double readers = std::min(threads, kMostReaders);
-  const double read_ms = tokens > 0 ? 1e-6 * matrix_bytes / (kReadGbPerSecond * readers) : 0;
-  const double dense_read_ms =
-      tokens > 0 ? 1e-6 * matrix_bytes / (kDenseReadGbPerSecond * readers) : 0;
-  const double flop_ms = 1e-6 / threads;
-  const double gate_flop = 2 * tokens * hidden * neurons;
-  const double products = problem.kind == FfnKind::kGated ? 2 : 1;  // besides the gate's
-
-  Prediction out;
-  out.dense_ms = (1 + products) * std::max(gate_flop * flop_ms / rate.dense, dense_read_ms);
-  const double gate_ms = std::max(gate_flop * flop_ms / rate.product, read_ms);
-  const double light_ms = 2 * tokens * active * hidden * flop_ms / rate.light;
-  const double heavy_ms = 2 * tokens * in_union * hidden * flop_ms / rate.heavy;
-  const double rows_ms = in_union / neurons * read_ms;
-  out.sparse_ms = gate_ms + products * std::max(std::min(light_ms, heavy_ms), rows_ms);
+  if (problem.tokens == 0) return {0, 0};
+  const Predictor predictor(problem, device, options);
+  Prediction out{predictor.dense_forward(), predictor.sparse_forward()};
+  if (options.training) {
+    out.dense_ms += predictor.dense_backward();
+    out.sparse_ms += predictor.sparse_backward();
+  }
   return out;
 }
 
