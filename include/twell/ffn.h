@@ -74,7 +74,7 @@ struct FfnPlan {
   std::size_t backward_workspace_bytes = 0;  // for ffn_backward (0 if not training)
   std::size_t saved_bytes = 0;               // what forward keeps for backward (0 if not training)
 
-  double predicted_dense_ms = 0;
+  double predicted_dense_ms = 0;  // of the forward; if training, of forward and backward
   double predicted_sparse_ms = 0;
 
   std::string to_string() const;  // a few lines for people

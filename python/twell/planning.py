@@ -28,7 +28,7 @@ def plan(
         hidden, neurons, tokens: the shape: x [tokens, hidden], weights [neurons, hidden].
         kind, dtype, device: the problem and where it runs.
         path: "auto" lets the planner choose by predicted time.
-        training: the forward pass saves for a backward pass.
+        training: the forward pass saves for a backward pass, and predicted times include it.
         expected_active: mean active neurons per token, if known.
         expected_union: mean active neurons per tile of 128 tokens, if known.
 

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <utility>
 
 #include "twell/ffn.h"
 
@@ -54,6 +55,47 @@ TEST(PlanFfn, AutoIsSparseUntilDenseIsKnownToBeFaster) {
   EXPECT_EQ(dense->workspace_bytes, 0u);
   options.path = FfnPath::kSparse;
   EXPECT_EQ(plan_ffn(problem(512), amx(2), options)->path, FfnPath::kSparse);
+}
+
+FfnPath chosen(CpuIsa isa, const FfnProblem& p, bool training, double active, double in_union) {
+  Device device = amx(2);
+  device.isa = isa;
+  return plan_ffn(p, device, {FfnPath::kAuto, training, active, in_union})->path;
+}
+
+TEST(PlanFfn, AutoIsDenseWhereDenseIsFaster) {
+  for (const CpuIsa isa : {CpuIsa::kAvx512Bf16, CpuIsa::kAmxBf16}) {
+    for (const bool training : {false, true}) {
+      SCOPED_TRACE(std::string(name_of(isa)) + (training ? ", training" : ""));
+      EXPECT_EQ(chosen(isa, problem(512), training, 0.5 * 5632, -1), FfnPath::kDense);
+      EXPECT_EQ(chosen(isa, problem(512), training, 0.01 * 5632, -1), FfnPath::kSparse);
+      // Layers 1, 2, 4, 5 and 7 of the traces: active neurons and union of 128 tokens.
+      for (const auto& [active, in_union] :
+           {std::pair{8., 221.}, {10., 307.}, {24., 739.}, {42., 1106.}, {112., 2565.}}) {
+        EXPECT_EQ(chosen(isa, problem(512), training, active, in_union), FfnPath::kSparse);
+      }
+    }
+  }
+  // The demo's block, early and late in training.
+  const FfnProblem demo = problem(2048, 256, 1024);
+  EXPECT_EQ(chosen(CpuIsa::kAvx512Bf16, demo, true, 0.5 * 1024, -1), FfnPath::kDense);
+  EXPECT_EQ(chosen(CpuIsa::kAvx512Bf16, demo, true, 0.04 * 1024, -1), FfnPath::kSparse);
+}
+
+TEST(PlanFfn, TrainingPredictsTheBackwardToo) {
+  for (const std::int64_t tokens : {0, 64, 2048}) {
+    PlanOptions options;
+    options.expected_active = 40;
+    const auto forward = plan_ffn(problem(tokens), amx(2), options);
+    options.training = true;
+    const auto both = plan_ffn(problem(tokens), amx(2), options);
+    EXPECT_GE(both->predicted_dense_ms, 3 * forward->predicted_dense_ms);
+    EXPECT_GE(both->predicted_sparse_ms, forward->predicted_sparse_ms);
+    if (tokens > 0) {  // the backward multiplies at the active places only
+      EXPECT_LT(both->predicted_sparse_ms - forward->predicted_sparse_ms,
+                both->predicted_dense_ms - forward->predicted_dense_ms);
+    }
+  }
 }
 
 TEST(PlanFfn, PredictionsGrowWithDensityAndTokens) {
