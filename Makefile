@@ -1,5 +1,5 @@
 # `make demo` and `make test` prepare the machine themselves: see scripts/setup.
-.PHONY: demo test test-gpu test-asan bench bench-gpu build setup clean
+.PHONY: demo test test-gpu test-asan lint bench bench-gpu build setup clean
 
 setup:
 	@scripts/setup
@@ -18,6 +18,9 @@ test-gpu:
 
 test-asan: setup
 	@scripts/test-asan
+
+lint:
+	@scripts/lint
 
 bench-gpu:
 	@scripts/bench-gpu

@@ -51,9 +51,9 @@ struct FfnProblem {
 
 struct PlanOptions {
   FfnPath path = FfnPath::kAuto;
-  bool training = false;         // the forward saves for a backward
-  double expected_active = -1;   // mean active neurons per token, if known; < 0: unknown
-  double expected_union = -1;    // mean active neurons per 128-token tile, if known; < 0: unknown
+  bool training = false;        // the forward saves for a backward
+  double expected_active = -1;  // mean active neurons per token, if known; < 0: unknown
+  double expected_union = -1;   // mean active neurons per 128-token tile, if known; < 0: unknown
 };
 
 // What will run. Plain data, made on the host without touching the device.
@@ -63,9 +63,9 @@ struct FfnPlan {
   FfnPath path = FfnPath::kSparse;
   bool training = false;
 
-  int tile_tokens = 0;           // tokens that share one union
-  std::int64_t chunk_tokens = 0; // tokens whose intermediates are alive at once
-  int block_neurons = 0;         // neurons of one unit of gate work
+  int tile_tokens = 0;            // tokens that share one union
+  std::int64_t chunk_tokens = 0;  // tokens whose intermediates are alive at once
+  int block_neurons = 0;          // neurons of one unit of gate work
   // In a tile, a neuron active for at least this many tokens takes part in the dense product over
   // the union; one active for fewer is computed row by row.
   int heavy_tokens = 0;
@@ -92,15 +92,15 @@ struct FfnWeights {
 
 // Optional counts of a forward pass; null where not wanted. Written, not accumulated.
 struct FfnStats {
-  std::int64_t* l0 = nullptr;          // number of (token, neuron) pairs with h's gate > 0
-  void* l1 = nullptr;                  // Σ |h|: float32, or float64 for DType::kFloat64
-  std::int32_t* activity = nullptr;    // [neurons] tokens for which the neuron was active
+  std::int64_t* l0 = nullptr;        // number of (token, neuron) pairs with h's gate > 0
+  void* l1 = nullptr;                // Σ |h|: float32, or float64 for DType::kFloat64
+  std::int32_t* activity = nullptr;  // [neurons] tokens for which the neuron was active
 };
 
 struct FfnForwardArgs {
   const void* x = nullptr;  // [tokens, hidden]
   FfnWeights weights;
-  void* y = nullptr;        // [tokens, hidden], overwritten
+  void* y = nullptr;  // [tokens, hidden], overwritten
   FfnStats stats;
   void* saved = nullptr;      // plan.saved_bytes, 64-byte aligned; null unless plan.training
   void* workspace = nullptr;  // plan.workspace_bytes, 64-byte aligned; contents need not be kept

@@ -55,7 +55,6 @@ Status twell_validate(const TwellShape& shape, std::span<const std::uint32_t> wo
 // mask[c / 32] for each active column c and clears the others. An overflowed tile row is
 // refused. mask: ceil(columns / 32) words.
 Status twell_union(const TwellShape& shape, std::span<const std::uint32_t> words,
-                   std::int64_t first_row, std::int64_t row_count,
-                   std::span<std::uint32_t> mask);
+                   std::int64_t first_row, std::int64_t row_count, std::span<std::uint32_t> mask);
 
 }  // namespace twell

@@ -33,7 +33,8 @@ def test_cpp_examples_compile_and_run(tmp_path):
         source = tmp_path / f"example{i}.cpp"
         source.write_text(block)
         program = tmp_path / f"example{i}"
-        command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", source, *needs, "-o", program]
+        compile_strictly = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror"]
+        command = [*compile_strictly, source, *needs, "-o", program]
         subprocess.run(command, check=True, timeout=300)
         answer = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60)
         assert answer.stdout == "ok: y[0] = 0.5243\n"
