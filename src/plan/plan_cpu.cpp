@@ -15,12 +15,13 @@ namespace {
 // count, its elements; costs add up, since they overlap little. What differs between instruction
 // sets is in Rates, the rest in constants; docs/kernels/cpu_ffn.md says how they were measured.
 
-// Speeds of one thread, in GFLOP/s.
+// Speeds of one thread, in GFLOP/s; `read` in GB/s.
 struct Rates {
   double product;    // our dense product
   double heavy;      // the same over the gathered rows of a union
   double dense;      // PyTorch's product
   double light;      // row by row: dots and weighted sums
+  double read;       // weights from memory to our dense product (AMX's copies them first)
   int heavy_tokens;  // of 128: where the dense product overtakes row by row
 };
 
@@ -28,31 +29,31 @@ Rates rates(DType dtype, CpuIsa isa) {
   if (dtype == DType::kBf16) {
     switch (isa) {
       case CpuIsa::kAmxBf16:
-        return {1000, 650, 1000, 75, 12};
+        return {1000, 650, 1000, 75, 12, 12};
       case CpuIsa::kAvx512Bf16:
-        return {230, 185, 230, 75, 32};
+        return {230, 185, 230, 75, 24, 32};
       case CpuIsa::kAvx2:
-        return {62, 52, 23, 45, 48};
+        return {62, 52, 23, 45, 24, 48};
       case CpuIsa::kPortable:
-        return {24, 30, 8, 24, 64};
+        return {24, 30, 8, 24, 24, 64};
     }
   }
   const double scale = dtype == DType::kFloat32 ? 1 : 0.5;
   switch (isa) {
     case CpuIsa::kAmxBf16:
     case CpuIsa::kAvx512Bf16:
-      return {90 * scale, 52 * scale, 100 * scale, 50 * scale, 32};
+      return {90 * scale, 52 * scale, 100 * scale, 50 * scale, 24, 32};
     case CpuIsa::kAvx2:
-      return {50 * scale, 45 * scale, 60 * scale, 15 * scale, 48};
+      return {50 * scale, 45 * scale, 60 * scale, 15 * scale, 24, 48};
     case CpuIsa::kPortable:
       break;
   }
-  return {12 * scale, 12 * scale, 60 * scale, 6 * scale, 64};
+  return {12 * scale, 12 * scale, 60 * scale, 6 * scale, 24, 64};
 }
 
 // Of one thread. Weights come from memory; rows of weights that a tile gathers, mostly from cache.
-constexpr double kReadGbPerSecond = 24;
-constexpr double kDenseReadGbPerSecond = 10.5;  // PyTorch's products of few tokens
+constexpr double kDotsReadGbPerSecond = 24;     // our dots of few tokens
+constexpr double kDenseReadGbPerSecond = 10.5;  // PyTorch's products
 constexpr double kRowGbPerSecond = 8;
 constexpr double kMostReaders = 8;  // threads beyond which memory gets no faster
 
@@ -112,7 +113,8 @@ class Predictor {
   }
 
   double sparse_forward() const {
-    const double read_ms = matrix_bytes() / kReadGbPerSecond * 1e-6 / readers_;
+    const double read_rate = by_dots_ ? kDotsReadGbPerSecond : rate_.read;
+    const double read_ms = matrix_bytes() / read_rate * 1e-6 / readers_;
     const double gate_ms =
         spread(padded_tokens_ * neurons_ * element(by_dots_ ? rate_.light : rate_.product)) +
         spread(by_dots_ ? 0 : tokens_ * neurons_ * kPackNs);
