@@ -8,7 +8,6 @@
 #include "cuda/check.h"
 #include "cuda/decode.h"
 #include "cuda/forward.h"
-#include "cuda/tensor_map.h"
 
 namespace twell::cuda {
 namespace {
@@ -31,6 +30,7 @@ class Forward {
  public:
   Forward(const FfnPlan& plan, const FfnForwardArgs& args)
       : problem_(plan.problem),
+        products_(products_for(plan.device)),
         multiprocessors_(plan.device.multiprocessors),
         args_(args),
         layout_(plan),
@@ -68,10 +68,6 @@ class Forward {
   }
 
  private:
-  struct Maps {
-    CUtensorMap x, gate, up, h, down;
-  };
-
   bool wants_stats() const { return args_.stats.l0 || args_.stats.l1 || args_.stats.activity; }
   bool gated() const { return problem_.kind == FfnKind::kGated; }
 
@@ -85,40 +81,34 @@ class Forward {
   }
 
   void run_chunks() {
-    Maps maps;
-    then(make_tensor_map(maps.x, args_.x, problem_.tokens, problem_.hidden, kTileTokens));
-    then(make_tensor_map(maps.gate, gated() ? args_.weights.gate : args_.weights.up,
-                         problem_.neurons, problem_.hidden, kBlockNeurons / 2));
-    then(make_tensor_map(maps.h, chunk_.h, 2 * layout_.tiles * layout_.capacity, kHalfTokens,
-                         kUnionStep));
-    then(make_tensor_map(maps.up, args_.weights.up, problem_.neurons, problem_.hidden, kUnionStep));
-    then(make_tensor_map(maps.down, args_.weights.down, problem_.neurons, problem_.hidden,
-                         kUnionStep));
     const std::int64_t step = layout_.tiles * kTileTokens;
     for (std::int64_t first = 0; first < problem_.tokens && status_.ok(); first += step) {
       chunk_.tokens = static_cast<int>(std::min(step, problem_.tokens - first));
       chunk_.tiles = ceil_div(chunk_.tokens, kTileTokens);
-      run_chunk(static_cast<int>(first), maps);
+      run_chunk(static_cast<int>(first));
     }
   }
 
-  void run_chunk(int first, const Maps& maps) {
-    then(launch_gate(chunk_, maps.x, maps.gate, first, multiprocessors_, stream_));
+  void run_chunk(int first) {
+    const FfnWeights& weights = args_.weights;
+    const Tokens x = {args_.x, problem_.tokens, first};
+    then(products_.gate(chunk_, x, gated() ? weights.gate : weights.up, multiprocessors_, stream_));
     then(launch_unions(chunk_, stream_));
     if (gated()) {
-      then(launch_up(chunk_, maps.x, maps.up, args_.weights.up, first, multiprocessors_, stream_));
+      then(products_.up(chunk_, x, weights.up, multiprocessors_, stream_));
     } else {
       then(launch_spread(chunk_, stream_));
     }
     auto* y =
         static_cast<std::uint16_t*>(args_.y) + static_cast<std::size_t>(first) * chunk_.hidden;
-    then(launch_down(chunk_, maps.h, maps.down, args_.weights.down, y, multiprocessors_, stream_));
+    then(products_.down(chunk_, weights.down, y, multiprocessors_, stream_));
     if (activity_) {
       then(launch_stats(chunk_, activity_, partial_l1_ + first / kTileTokens, stream_));
     }
   }
 
   const FfnProblem problem_;
+  const Products& products_;
   const int multiprocessors_;
   const FfnForwardArgs& args_;
   const ForwardLayout layout_;

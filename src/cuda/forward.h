@@ -7,13 +7,13 @@
 // cores' accumulators hold them. Columns of neurons that no token of the half uses are not
 // stored.
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
 
 #include "cuda/layout.h"
+#include "twell/device.h"
 #include "twell/status.h"
 
 namespace twell::cuda {
@@ -66,24 +66,35 @@ struct ForwardChunk {
 
 static_assert(offsetof(Schedule, items) == 8);
 
-// masks, columns ← relu(x Wᵀ), and resets the schedule. x_map: boxes of 128 x 64; weight_map too.
-Status launch_gate(const ForwardChunk& chunk, const CUtensorMap& x_map,
-                   const CUtensorMap& weight_map, int first_token, int multiprocessors,
-                   cudaStream_t stream);
+// The input of a call. A chunk's tokens are the rows from `first` on.
+struct Tokens {
+  const void* x;      // [rows, hidden] bf16, 16-byte aligned
+  std::int64_t rows;  // of all chunks
+  int first;
+};
+
+// The three products of a chunk, for one family of GPUs. `gate`, `up`, `down` [neurons, hidden]
+// bf16, 16-byte aligned; `multiprocessors` of the device.
+struct Products {
+  // masks, columns ← relu(x Gᵀ), and resets the schedule.
+  Status (*gate)(const ForwardChunk& chunk, const Tokens& x, const void* gate, int multiprocessors,
+                 cudaStream_t stream);
+  // h ← columns ⊙ (x Uᵀ) over the unions.
+  Status (*up)(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,
+               cudaStream_t stream);
+  // y ← h D; y [chunk.tokens, hidden].
+  Status (*down)(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
+                 cudaStream_t stream);
+};
+
+// Those for a device of compute capability 80 or newer.
+const Products& products_for(const Device& device);
 
 // unions, counts, order, schedule ← masks.
 Status launch_unions(const ForwardChunk& chunk, cudaStream_t stream);
 
-// h ← columns ⊙ (x Uᵀ) over the unions. up_map: boxes of 64 x 64 of `up`.
-Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const CUtensorMap& up_map,
-                 const void* up, int first_token, int multiprocessors, cudaStream_t stream);
-
 // h ← columns, by union position (the plain block).
 Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
-
-// y ← h D. h_map: the rows of h, boxes of 64 x 64; down_map likewise.
-Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const CUtensorMap& down_map,
-                   const void* down, void* y, int multiprocessors, cudaStream_t stream);
 
 // words [tokens, blocks, slots] ← masks, columns, as in twell/format.h; overflow += tile rows with
 // more than slots - 1 values.

@@ -5,7 +5,6 @@
 
 #include "cuda/check.h"
 #include "cuda/forward.h"
-#include "cuda/tensor_map.h"
 
 namespace twell::cuda {
 namespace {
@@ -27,16 +26,13 @@ struct PackLayout {
         bytes(columns + 2 * tiles * blocks * kBlockNeurons * kColumnWords * 4) {}
 };
 
-Status refuse(const std::string& what, const std::string& permitted) {
-  return {StatusCode::kUnsupported, "gate_pack: " + what + "; permitted: " + permitted};
-}
-
 }  // namespace
 
 Result<std::size_t> gate_pack_workspace_bytes(const TwellShape& shape, const Device& device) {
   if (device.compute_capability / 10 != 9) {
-    return refuse("device.compute_capability is " + std::to_string(device.compute_capability),
-                  "90 (Hopper)");
+    return Status(StatusCode::kUnsupported, "gate_pack: device.compute_capability is " +
+                                                std::to_string(device.compute_capability) +
+                                                "; permitted: 90 (Hopper)");
   }
   return PackLayout(shape).bytes;
 }
@@ -65,18 +61,13 @@ Status gate_pack(const TwellShape& shape, const Device& device, const GatePackAr
   chunk.schedule = reinterpret_cast<Schedule*>(base + layout.schedule);
   chunk.masks = reinterpret_cast<std::uint32_t*>(base + layout.masks);
   chunk.columns = reinterpret_cast<std::uint32_t*>(base + layout.columns);
-  CUtensorMap x_map, gate_map;
-  then([&] { return make_tensor_map(x_map, args.x, shape.rows, args.hidden, kTileTokens); });
-  then([&] {
-    return make_tensor_map(gate_map, args.gate, shape.columns, args.hidden, kBlockNeurons / 2);
-  });
   const std::int64_t step = layout.tiles * kTileTokens;
   for (std::int64_t first = 0; first < shape.rows; first += step) {
     chunk.tokens = static_cast<int>(std::min(step, shape.rows - first));
     chunk.tiles = ceil_div(chunk.tokens, kTileTokens);
     then([&] {
-      return launch_gate(chunk, x_map, gate_map, static_cast<int>(first), device.multiprocessors,
-                         stream);
+      const Tokens x = {args.x, shape.rows, static_cast<int>(first)};
+      return products_for(device).gate(chunk, x, args.gate, device.multiprocessors, stream);
     });
     then([&] {
       return launch_words(chunk, args.words + first * layout.blocks * shape.slots, shape.slots,

@@ -3,6 +3,7 @@
 
 #include "cuda/check.h"
 #include "cuda/forward.h"
+#include "cuda/ptx/shared.cuh"
 
 namespace twell::cuda {
 namespace {
@@ -10,7 +11,8 @@ namespace {
 __global__ void __launch_bounds__(kHalfTokens)
     words_kernel(const ForwardChunk chunk, std::uint32_t* words, int slots,
                  unsigned long long* overflow) {
-  extern __shared__ std::uint32_t rows[];  // [64, slots + 1]: the odd stride keeps banks apart
+  // [64, slots + 1]: the odd stride keeps banks apart
+  auto* rows = ptx::dynamic_shared<std::uint32_t>();
   __shared__ std::uint32_t masks[kMaskWords];
   const int stride = slots + 1;
   const int block = blockIdx.x % chunk.blocks;

@@ -5,13 +5,15 @@
 #include <cuda_bf16.h>
 
 #include "cuda/check.h"
-#include "cuda/forward.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/quad.cuh"
 #include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/products.h"
+#include "cuda/tensor_map.h"
 
-namespace twell::cuda {
+namespace twell::cuda::sm90 {
 namespace {
 
 struct Config {
@@ -101,31 +103,6 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
   }
 }
 
-// Lane q of each group of 4 holds the q-th word of four 16-byte rows; afterwards it holds row q.
-__device__ __forceinline__ uint4 transpose_in_quad(uint4 words, int quad) {
-  const bool odd = quad & 1;
-  std::uint32_t a = __shfl_xor_sync(~0u, odd ? words.x : words.y, 1);
-  std::uint32_t b = __shfl_xor_sync(~0u, odd ? words.z : words.w, 1);
-  if (odd) {
-    words.x = a;
-    words.z = b;
-  } else {
-    words.y = a;
-    words.w = b;
-  }
-  const bool upper = quad & 2;
-  a = __shfl_xor_sync(~0u, upper ? words.x : words.z, 2);
-  b = __shfl_xor_sync(~0u, upper ? words.y : words.w, 2);
-  if (upper) {
-    words.x = a;
-    words.y = b;
-  } else {
-    words.z = a;
-    words.w = b;
-  }
-  return words;
-}
-
 __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk, __nv_bfloat16* y,
                                         int strips, int consumer) {
   const int warp = threadIdx.x / 32 % 4;
@@ -194,12 +171,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 }  // namespace
 
-Status launch_down(const ForwardChunk& chunk, const CUtensorMap& h_map, const CUtensorMap& down_map,
-                   const void* down, void* y, int multiprocessors, cudaStream_t stream) {
+Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
+                   cudaStream_t stream) {
+  CUtensorMap h_map, down_map;
+  const std::int64_t h_rows = std::int64_t{2} * chunk.tiles * chunk.capacity;
+  if (Status status = make_tensor_map(h_map, chunk.h, h_rows, kHalfTokens, kUnionStep);
+      !status.ok()) {
+    return status;
+  }
+  if (Status status = make_tensor_map(down_map, down, chunk.neurons, chunk.hidden, kUnionStep);
+      !status.ok()) {
+    return status;
+  }
   const int items = chunk.tiles * ceil_div(chunk.hidden, Config::kOutputs);
   return launch(down_kernel, std::min(items, multiprocessors), Config::kThreads,
                 sizeof(Shared) + alignof(Shared), stream, chunk, h_map, down_map,
                 static_cast<const __nv_bfloat16*>(down), static_cast<__nv_bfloat16*>(y));
 }
 
-}  // namespace twell::cuda
+}  // namespace twell::cuda::sm90

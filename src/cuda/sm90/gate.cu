@@ -6,13 +6,14 @@
 #include <cuda_bf16.h>
 
 #include "cuda/check.h"
-#include "cuda/forward.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/products.h"
+#include "cuda/tensor_map.h"
 
-namespace twell::cuda {
+namespace twell::cuda::sm90 {
 namespace {
 
 struct Config {
@@ -223,13 +224,22 @@ __global__ void __cluster_dims__(Config::kCluster) __launch_bounds__(Config::kTh
 
 }  // namespace
 
-Status launch_gate(const ForwardChunk& chunk, const CUtensorMap& x_map,
-                   const CUtensorMap& weight_map, int first_token, int multiprocessors,
-                   cudaStream_t stream) {
+Status launch_gate(const ForwardChunk& chunk, const Tokens& x, const void* gate,
+                   int multiprocessors, cudaStream_t stream) {
+  CUtensorMap x_map, gate_map;
+  if (Status status = make_tensor_map(x_map, x.x, x.rows, chunk.hidden, kTileTokens);
+      !status.ok()) {
+    return status;
+  }
+  if (Status status = make_tensor_map(gate_map, gate, chunk.neurons, chunk.hidden,
+                                      kBlockNeurons / Config::kCluster);
+      !status.ok()) {
+    return status;
+  }
   const int items = ceil_div(chunk.tiles, 2) * chunk.blocks;
   const int clusters = std::min(items, multiprocessors / Config::kCluster);
   return launch(gate_kernel, clusters * Config::kCluster, Config::kThreads,
-                sizeof(Shared) + alignof(Shared), stream, chunk, x_map, weight_map, first_token);
+                sizeof(Shared) + alignof(Shared), stream, chunk, x_map, gate_map, x.first);
 }
 
-}  // namespace twell::cuda
+}  // namespace twell::cuda::sm90

@@ -5,7 +5,7 @@
 
 #include "cuda/ptx/wgmma.cuh"
 
-namespace twell::cuda {
+namespace twell::cuda::sm90 {
 
 inline constexpr int kTileHidden = 64;  // summed elements of one stage: 128 bytes of bf16
 
@@ -60,4 +60,4 @@ __device__ __forceinline__ void multiply(float (&acc)[kN / 2], Ring<kStages>& ri
   ptx::wgmma_pin(acc);
 }
 
-}  // namespace twell::cuda
+}  // namespace twell::cuda::sm90

@@ -6,13 +6,14 @@
 #include <cuda_bf16.h>
 
 #include "cuda/check.h"
-#include "cuda/forward.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/products.h"
+#include "cuda/tensor_map.h"
 
-namespace twell::cuda {
+namespace twell::cuda::sm90 {
 namespace {
 
 struct Config {
@@ -235,10 +236,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 }  // namespace
 
-Status launch_up(const ForwardChunk& chunk, const CUtensorMap& x_map, const CUtensorMap& up_map,
-                 const void* up, int first_token, int multiprocessors, cudaStream_t stream) {
+Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,
+                 cudaStream_t stream) {
+  CUtensorMap x_map, up_map;
+  if (Status status = make_tensor_map(x_map, x.x, x.rows, chunk.hidden, kTileTokens);
+      !status.ok()) {
+    return status;
+  }
+  if (Status status = make_tensor_map(up_map, up, chunk.neurons, chunk.hidden, kUnionStep);
+      !status.ok()) {
+    return status;
+  }
   return launch(up_kernel, multiprocessors, Config::kThreads, sizeof(Shared) + alignof(Shared),
-                stream, chunk, x_map, up_map, static_cast<const __nv_bfloat16*>(up), first_token);
+                stream, chunk, x_map, up_map, static_cast<const __nv_bfloat16*>(up), x.first);
 }
 
-}  // namespace twell::cuda
+}  // namespace twell::cuda::sm90
