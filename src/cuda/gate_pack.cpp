@@ -29,10 +29,10 @@ struct PackLayout {
 }  // namespace
 
 Result<std::size_t> gate_pack_workspace_bytes(const TwellShape& shape, const Device& device) {
-  if (device.compute_capability / 10 != 9) {
+  if (device.compute_capability < 80) {
     return Status(StatusCode::kUnsupported, "gate_pack: device.compute_capability is " +
                                                 std::to_string(device.compute_capability) +
-                                                "; permitted: 90 (Hopper)");
+                                                "; permitted: 80 or newer");
   }
   return PackLayout(shape).bytes;
 }

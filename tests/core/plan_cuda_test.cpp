@@ -19,6 +19,12 @@ Device hopper() {
   return device;
 }
 
+Device with_capability(int capability) {
+  Device device = hopper();
+  device.compute_capability = capability;
+  return device;
+}
+
 FfnProblem problem(std::int64_t tokens) {
   return {FfnKind::kGated, DType::kBf16, tokens, 2048, 5632};
 }
@@ -65,10 +71,29 @@ TEST(PlanCuda, RefusesByName) {
   FfnProblem wide = problem(1);
   wide.dtype = DType::kFloat32;
   EXPECT_NE(message(wide, hopper()).find("dtype is float32"), std::string::npos);
-  Device old = hopper();
-  old.compute_capability = 86;
-  EXPECT_TRUE(plan_ffn(problem(1), old).ok());
-  EXPECT_NE(message(problem(65), old).find("compute_capability is 86"), std::string::npos);
+  EXPECT_NE(message(problem(65), with_capability(75)).find("compute_capability is 75"),
+            std::string::npos);
+}
+
+TEST(PlanCuda, OffersEveryGpuSinceAmpere) {
+  PlanOptions options;
+  options.path = FfnPath::kSparse;
+  for (const int capability : {80, 86, 89, 90, 100, 120}) {
+    for (const std::int64_t tokens : {0, 1, 64, 65, 4096}) {
+      EXPECT_EQ(plan_ffn(problem(tokens), with_capability(capability), options)->path,
+                FfnPath::kSparse)
+          << capability << ", " << tokens << " tokens";
+    }
+  }
+}
+
+TEST(PlanCuda, PredictsByGeneration) {
+  PlanOptions options;
+  options.expected_union = 1100;
+  EXPECT_EQ(plan_ffn(problem(16384), with_capability(80), options)->path, FfnPath::kSparse);
+  EXPECT_EQ(plan_ffn(problem(16384), with_capability(89), options)->path, FfnPath::kSparse);
+  // Where PyTorch's products have instructions that ours do not use.
+  EXPECT_EQ(plan_ffn(problem(16384), with_capability(100), options)->path, FfnPath::kDense);
 }
 
 }  // namespace

@@ -18,6 +18,17 @@ __device__ __forceinline__ void copy_async_16(std::uint32_t shared, const void* 
                : "memory");
 }
 
+// Closes the group of this thread's copies since the last call.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for this thread's groups but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Arrives at the barrier, as one of its expected arrivals, once this thread's copies so far are
 // done. The waiting thread owes a fence_async_proxy before WGMMA reads them.
 __device__ __forceinline__ void copy_async_arrive(std::uint64_t* barrier) {

@@ -18,6 +18,24 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const std::uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four 8 x 8 matrices from shared memory: lane l names the address of row l % 8 of matrix l / 8 and
+// receives of each, in registers[i], the elements 2 (l % 4) and + 1 of row l / 4, or, transposed,
+// of column l / 4. Rows are 16 bytes, 16-byte aligned.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(std::uint32_t (&registers)[4], std::uint32_t row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(row)
+                 : "memory");
+  }
+}
+
 // 16 bytes that are read once: not kept in L1.
 __device__ __forceinline__ uint4 load_once(const void* global) {
   uint4 v;
