@@ -20,6 +20,17 @@ class CudaGatePack : public GpuTest {
     SCOPED_TRACE("rows " + std::to_string(rows) + " columns " + std::to_string(columns) +
                  " slots " + std::to_string(slots) + " density " + std::to_string(density));
     const Block block(FfnKind::kGated, rows, hidden, columns, density);
+    const std::vector<double> want = block.gate_values();
+    for (const Device& device : devices) {
+      SCOPED_TRACE("as sm_" + std::to_string(device.compute_capability));
+      check_on(device, block, slots, want);
+    }
+  }
+
+ private:
+  void check_on(const Device& device, const Block& block, int slots,
+                const std::vector<double>& want) {
+    const auto [kind, dtype, rows, hidden, columns] = block.problem;
     const TwellShape shape{rows, columns, slots};
     const Result<std::size_t> bytes = gate_pack_workspace_bytes(shape, hidden, device);
     ASSERT_TRUE(bytes.ok()) << bytes.status().message();
@@ -38,7 +49,6 @@ class CudaGatePack : public GpuTest {
     EXPECT_TRUE(words.guard_intact());
     EXPECT_TRUE(workspace.guard_intact());
 
-    const std::vector<double> want = block.gate_values();
     std::int64_t overflowed = 0, disagreements = 0;
     for (std::int64_t row = 0; row < rows; ++row) {
       for (std::int64_t tile = 0; tile < shape.tiles(); ++tile) {

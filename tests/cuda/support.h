@@ -23,10 +23,16 @@ class GpuTest : public ::testing::Test {
   void SetUp() override {
     Result<Device> found = cuda_device(0);
     if (!found.ok()) GTEST_SKIP() << found.status().message();
-    device = found.value();
+    devices = {found.value()};
+    if (found.value().compute_capability / 10 == 9) {
+      devices.push_back(found.value());
+      devices.back().compute_capability = 80;
+    }
     require_cuda(cudaSetDevice(0));
   }
-  Device device;
+
+  // The GPU; a Hopper GPU also as one of sm_80, whose kernels it runs too, from their PTX.
+  std::vector<Device> devices;
 };
 
 // Device memory, poisoned (0xFF: NaN in bf16 and float32), with a guard behind it.
@@ -139,8 +145,9 @@ struct Block {
     return g;
   }
 
-  std::vector<double> hidden_values() const {
-    std::vector<double> h = gate_values();
+  // From the gate's values.
+  std::vector<double> hidden_values(const std::vector<double>& g) const {
+    std::vector<double> h = g;
     if (problem.kind == FfnKind::kGated) {
       const std::vector<double> u =
           product(widen(x), widen(up), problem.tokens, problem.neurons, problem.hidden);
@@ -149,15 +156,18 @@ struct Block {
     return h;
   }
 
-  std::vector<double> output() const {
+  // From the hidden values.
+  std::vector<double> output(const std::vector<double>& h) const {
     std::vector<double> transposed(down.size());
     for (std::int64_t n = 0; n < problem.neurons; ++n) {
       for (std::int64_t k = 0; k < problem.hidden; ++k) {
         transposed[k * problem.neurons + n] = to_float(down[n * problem.hidden + k]);
       }
     }
-    return product(hidden_values(), transposed, problem.tokens, problem.hidden, problem.neurons);
+    return product(h, transposed, problem.tokens, problem.hidden, problem.neurons);
   }
+
+  std::vector<double> output() const { return output(hidden_values(gate_values())); }
 };
 
 }  // namespace twell

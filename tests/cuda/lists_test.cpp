@@ -1,0 +1,223 @@
+// The kernels between the products, on random columns: unions and schedule, spread, counts, words.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <random>
+#include <tuple>
+#include <vector>
+
+#include "cuda/forward.h"
+#include "support.h"
+#include "twell/format.h"
+
+namespace twell::cuda {
+namespace {
+
+constexpr bf16 kPoison = {0xFFFF};
+
+// What a gate projection leaves: g [tokens, neurons], positive at about `density` of the places of
+// every third block of neurons and at half as many elsewhere.
+struct Columns {
+  int tokens, neurons;
+  int tiles, blocks, capacity;
+  std::vector<bf16> g;
+  std::vector<std::uint32_t> masks;
+  std::vector<bf16> columns;
+
+  Columns(int m, int n, double density)
+      : tokens(m),
+        neurons(n),
+        tiles(ceil_div(m, kTileTokens)),
+        blocks(ceil_div(n, kBlockNeurons)),
+        capacity(ceil_div(n, kUnionStep) * kUnionStep),
+        g(static_cast<std::size_t>(m) * n),
+        masks(2 * tiles * blocks * kMaskWords),
+        columns(2 * tiles * blocks * kBlockNeurons * kHalfTokens, kPoison) {
+    std::mt19937 random(m + n);
+    std::uniform_real_distribution<double> uniform;
+    for (std::size_t i = 0; i < g.size(); ++i) {
+      const double here = i % n / kBlockNeurons % 3 == 0 ? density : density / 2;
+      if (uniform(random) < here) g[i] = to_bf16(static_cast<float>(uniform(random)) + 0.01f);
+    }
+    for (int half = 0; half < 2 * tiles; ++half) {
+      for (int block = 0; block < blocks; ++block) {
+        const std::size_t place = static_cast<std::size_t>(half) * blocks + block;
+        int stored = 0;
+        for (int i = 0; i < kBlockNeurons && block * kBlockNeurons + i < neurons; ++i) {
+          std::array<bf16, kHalfTokens> column;
+          bool used = false;
+          for (int t = 0; t < kHalfTokens; ++t) {
+            const bf16 value = at(half * kHalfTokens + t, block * kBlockNeurons + i);
+            column[element_of(t)] = value;
+            used |= value.bits != 0;
+          }
+          if (!used) continue;
+          masks[place * kMaskWords + i / 32] |= 1u << (i % 32);
+          std::copy(column.begin(), column.end(),
+                    &columns[(place * kBlockNeurons + stored++) * kHalfTokens]);
+        }
+      }
+    }
+  }
+
+  // Where a column holds token t of its half: in accumulator order (forward.h).
+  static int element_of(int t) { return t / 16 * 16 + t % 8 * 2 + t % 16 / 8; }
+
+  bf16 at(int token, int neuron) const {
+    return token < tokens ? g[static_cast<std::size_t>(token) * neurons + neuron] : bf16{0};
+  }
+  bool used(int half, int neuron) const {
+    for (int t = half * kHalfTokens; t < (half + 1) * kHalfTokens; ++t) {
+      if (at(t, neuron).bits != 0) return true;
+    }
+    return false;
+  }
+  std::vector<int> union_of(int tile) const {
+    std::vector<int> out;
+    for (int n = 0; n < neurons; ++n) {
+      if (used(2 * tile, n) || used(2 * tile + 1, n)) out.push_back(n);
+    }
+    return out;
+  }
+};
+
+class CudaLists : public GpuTest, public ::testing::WithParamInterface<std::tuple<int, double>> {
+ protected:
+  const Columns host{300, std::get<0>(GetParam()), std::get<1>(GetParam())};
+};
+
+INSTANTIATE_TEST_SUITE_P(NeuronsAndDensity, CudaLists,
+                         ::testing::Combine(::testing::Values(8, 264, 1000, 2504),
+                                            ::testing::Values(0.0, 0.002, 0.1, 1.0)));
+
+TEST_P(CudaLists, MatchTheColumns) {
+  const std::size_t halves = 2 * host.tiles;
+  const DeviceBuffer masks(host.masks), columns(host.columns);
+  const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
+  const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
+  const DeviceBuffer schedule(
+      std::vector<std::int32_t>(2 + host.tiles * ceil_div(host.capacity, kUnionItem), 0));
+  const DeviceBuffer h(halves * host.capacity * kHalfTokens * sizeof(bf16));
+  const DeviceBuffer activity(std::vector<std::int32_t>(host.neurons, 0));
+  const DeviceBuffer partial_l1(host.tiles * 4), l0(8), l1(4);
+  ForwardChunk chunk = {};
+  chunk.tokens = host.tokens;
+  chunk.tiles = host.tiles;
+  chunk.neurons = host.neurons;
+  chunk.blocks = host.blocks;
+  chunk.capacity = host.capacity;
+  chunk.masks = masks.as<std::uint32_t>();
+  chunk.columns = columns.as<std::uint32_t>();
+  chunk.unions = unions.as<UnionEntry>();
+  chunk.counts = counts.as<std::int32_t>();
+  chunk.order = order.as<std::int32_t>();
+  chunk.schedule = schedule.as<Schedule>();
+  chunk.h = h.as<std::uint32_t>();
+  for (const Status& status :
+       {launch_unions(chunk, nullptr), launch_spread(chunk, nullptr),
+        launch_stats(chunk, activity.as<std::int32_t>(), partial_l1.as<float>(), nullptr),
+        launch_stats_total(activity.as<std::int32_t>(), host.neurons, partial_l1.as<float>(),
+                           host.tiles, l0.as<std::int64_t>(), l1.as<float>(), nullptr)}) {
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  require_cuda(cudaDeviceSynchronize());
+  for (const DeviceBuffer* buffer : {&unions, &counts, &order, &schedule, &h, &activity}) {
+    EXPECT_TRUE(buffer->guard_intact());
+  }
+
+  const auto got_unions = unions.download<UnionEntry>();
+  const auto got_counts = counts.download<std::int32_t>();
+  const auto got_h = h.download<bf16>();
+  using Item = std::tuple<int, int, int>;  // tile, first, steps
+  std::vector<Item> want_items;
+  for (int tile = 0; tile < host.tiles; ++tile) {
+    const std::vector<int> want = host.union_of(tile);
+    const int count = static_cast<int>(want.size());
+    ASSERT_EQ(got_counts[tile], count);
+    const int steps = ceil_div(count, kUnionStep);
+    for (int step = 0; step < steps; step += 4) {
+      want_items.emplace_back(tile, step / 4, std::min(steps - step, 4) - 1);
+    }
+    for (int i = 0; i < steps * kUnionStep; ++i) {
+      const UnionEntry entry = got_unions[tile * host.capacity + i];
+      EXPECT_EQ(entry.in_use(), i < count);
+      for (int half = 0; half < 2; ++half) {
+        const bool used = i < count && host.used(2 * tile + half, want[i]);
+        EXPECT_EQ(entry.in_half(half), used);
+        for (int t = 0; t < kHalfTokens; ++t) {
+          const int token = tile * kTileTokens + half * kHalfTokens + t;
+          const std::size_t column = (2 * tile + half) * host.capacity + i;
+          ASSERT_EQ(got_h[column * kHalfTokens + Columns::element_of(t)].bits,
+                    used ? host.at(token, want[i]).bits : 0)
+              << "tile " << tile << " position " << i << " token " << t;
+        }
+      }
+      if (i < count) {
+        EXPECT_EQ(entry.row(), static_cast<std::uint32_t>(want[i]));
+      }
+    }
+  }
+
+  // The work: every piece of every union once, longest first.
+  const auto words = schedule.download<std::int32_t>();
+  ASSERT_EQ(words[0], static_cast<int>(want_items.size()));
+  std::vector<Item> items;
+  for (int i = 0; i < words[0]; ++i) {
+    const auto word = static_cast<std::uint32_t>(words[2 + i]);
+    items.emplace_back(word & 0xffffu, word >> 16 & 0xffu, word >> 24);
+    if (i > 0) {
+      EXPECT_LE(std::get<2>(items[i]), std::get<2>(items[i - 1]));
+    }
+  }
+  std::sort(items.begin(), items.end());
+  EXPECT_EQ(items, want_items);
+  const auto got_order = order.download<std::int32_t>();
+  std::vector<int> tiles(host.tiles);
+  for (int i = 0; i < host.tiles; ++i) tiles[i] = i;
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [&](int a, int b) { return got_counts[a] > got_counts[b]; });
+  EXPECT_EQ(got_order, tiles);
+
+  std::vector<std::int32_t> want_activity(host.neurons, 0);
+  std::int64_t pairs = 0;
+  double sum = 0;
+  for (std::size_t i = 0; i < host.g.size(); ++i) {
+    want_activity[i % host.neurons] += host.g[i].bits != 0;
+    pairs += host.g[i].bits != 0;
+    sum += to_float(host.g[i]);
+  }
+  EXPECT_EQ(activity.download<std::int32_t>(), want_activity);
+  EXPECT_EQ(l0.download<std::int64_t>()[0], pairs);
+  EXPECT_NEAR(l1.download<float>()[0], sum, 1e-5 * sum);
+}
+
+TEST_P(CudaLists, WordsMatchTheEncoder) {
+  for (const int slots : {8, 32, 128}) {
+    SCOPED_TRACE(slots);
+    const TwellShape shape{host.tokens, host.neurons, slots};
+    const DeviceBuffer masks(host.masks), columns(host.columns);
+    const DeviceBuffer words(shape.words() * 4), overflow(std::vector<std::int64_t>{0});
+    ForwardChunk chunk = {};
+    chunk.tokens = host.tokens;
+    chunk.tiles = host.tiles;
+    chunk.neurons = host.neurons;
+    chunk.blocks = host.blocks;
+    chunk.masks = masks.as<std::uint32_t>();
+    chunk.columns = columns.as<std::uint32_t>();
+    const Status status =
+        launch_words(chunk, words.as<std::uint32_t>(), slots, overflow.as<std::int64_t>(), nullptr);
+    ASSERT_TRUE(status.ok()) << status.message();
+    std::vector<std::uint32_t> want(shape.words());
+    const Result<TwellOverflow> encoded = twell_encode(shape, host.g, want);
+    ASSERT_TRUE(encoded.ok());
+    EXPECT_EQ(words.download<std::uint32_t>(), want);
+    EXPECT_TRUE(words.guard_intact());
+    EXPECT_EQ(overflow.download<std::int64_t>()[0], encoded->tile_rows);
+  }
+}
+
+}  // namespace
+}  // namespace twell::cuda

@@ -1,0 +1,82 @@
+// The CUDA forward run again and again: the same bits, and in a CUDA graph.
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "forward_call.h"
+
+namespace twell {
+namespace {
+
+class CudaStream : public GpuTest, public ::testing::WithParamInterface<int> {
+ protected:
+  // run(device) for each.
+  template <class Run>
+  void on_every_device(Run&& run) {
+    for (const Device& device : devices) {
+      SCOPED_TRACE("as sm_" + std::to_string(device.compute_capability));
+      run(device);
+    }
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(FewAndMany, CudaStream, ::testing::Values(16, 300, 1500));
+
+TEST_P(CudaStream, IsBitwiseReproducible) {
+  const Block block(FfnKind::kGated, GetParam(), 264, 2056, 0.05);
+  on_every_device([&](const Device& device) {
+    Call call(sparse_plan(block.problem, device), block);
+    std::vector<bf16> first_y;
+    std::vector<float> first_l1;
+    for (int run = 0; run < 20; ++run) {
+      call.y.poison();
+      call.workspace.poison();
+      ASSERT_TRUE(call.run().ok());
+      const std::vector<bf16> y = call.y.download<bf16>();
+      const std::vector<float> l1 = call.l1.download<float>();
+      if (run == 0) {
+        first_y = y;
+        first_l1 = l1;
+      }
+      EXPECT_EQ(std::memcmp(y.data(), first_y.data(), y.size() * sizeof(bf16)), 0);
+      EXPECT_EQ(l1, first_l1);
+    }
+  });
+}
+
+TEST_P(CudaStream, ReplaysInAGraphWithChangingInputs) {
+  const Block sparse(FfnKind::kGated, GetParam(), 136, 776, 0.01);
+  const Block dense(FfnKind::kGated, GetParam(), 136, 776, 0.6);
+  on_every_device([&](const Device& device) {
+    Call call(sparse_plan(sparse.problem, device), sparse);
+    cudaStream_t stream;
+    require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    require_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    const Status status = call.run(stream);
+    require_cuda(cudaStreamEndCapture(stream, &graph));
+    ASSERT_TRUE(status.ok()) << status.message();
+    require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+    for (const Block* block : {&sparse, &dense, &sparse}) {
+      call.x.upload(block->x);
+      call.gate.upload(block->gate);
+      call.up.upload(block->up);
+      call.down.upload(block->down);
+      call.y.poison();
+      require_cuda(cudaDeviceSynchronize());
+      require_cuda(cudaGraphLaunch(executable, stream));
+      require_cuda(cudaStreamSynchronize(stream));
+      EXPECT_LE(relative_error(call.y.download<bf16>(), block->output()), 0.0027);
+    }
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+  });
+}
+
+}  // namespace
+}  // namespace twell

@@ -1,0 +1,22 @@
+// Hopper's own kernels are not simulated.
+
+#include "cuda/sm90/products.h"
+
+namespace twell::cuda::sm90 {
+namespace {
+
+Status refuse() { return {StatusCode::kUnsupported, "sm90: not simulated; permitted: a GPU"}; }
+
+}  // namespace
+
+Status launch_gate(const ForwardChunk&, const Tokens&, const void*, int, cudaStream_t) {
+  return refuse();
+}
+
+Status launch_up(const ForwardChunk&, const Tokens&, const void*, int, cudaStream_t) {
+  return refuse();
+}
+
+Status launch_down(const ForwardChunk&, const void*, void*, int, cudaStream_t) { return refuse(); }
+
+}  // namespace twell::cuda::sm90
