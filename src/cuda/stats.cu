@@ -28,9 +28,11 @@ __device__ __forceinline__ T block_sum(T value) {
   return warp_sum(threadIdx.x < kWarps ? sums[threadIdx.x] : T{});
 }
 
-// Positive or NaN: the values that keep a neuron active.
-__device__ __forceinline__ int count_active(std::uint32_t g) {
-  return !(ptx::low_half(g) <= 0) + !(ptx::high_half(g) <= 0);
+// How many of a word's two tokens, 8 apart, exist and are positive or NaN, which keeps a neuron
+// active. (A NaN in a weight reaches the tokens beyond the last one too.)
+__device__ __forceinline__ int count_active(std::uint32_t g, int token, int tokens) {
+  return (token < tokens && !(ptx::low_half(g) <= 0)) +
+         (token + 8 < tokens && !(ptx::high_half(g) <= 0));
 }
 
 // One CTA per tile, one warp per union position, one lane per word of a column.
@@ -48,10 +50,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int half = 0; half < 2; ++half) {
       const std::size_t half_tile = 2 * tile + half;
       if (!entry.in_half(half)) continue;
-      active += count_active(
-          chunk.columns[(half_tile * chunk.blocks * kBlockNeurons + entry.source(half)) *
-                            kColumnWords +
-                        lane]);
+      const std::size_t column = half_tile * chunk.blocks * kBlockNeurons + entry.source(half);
+      const int token = static_cast<int>(half_tile) * kHalfTokens + lane / 8 * 16 + lane % 8;
+      active += count_active(chunk.columns[column * kColumnWords + lane], token, chunk.tokens);
       const std::uint32_t h = chunk.h[(half_tile * chunk.capacity + i) * kColumnWords + lane];
       l1 += fabsf(ptx::low_half(h)) + fabsf(ptx::high_half(h));
     }
