@@ -20,8 +20,8 @@ inline constexpr std::int64_t kDxColumns = 256;        // hidden columns per uni
 inline constexpr std::int64_t kHeavyGroup = 512;     // neurons per dense dx product (a panel in L2)
 inline constexpr std::int64_t kWeightColumns = 512;  // hidden columns per heavy weight product
 // Of x or dy, copied for light neurons. Smaller slabs stay in L2, but then rows of the gradients
-// are written in more, shorter pieces: 512 KB took 25% longer than 2 MB for 111 active neurons a
-// token.
+// are written in more, shorter pieces: with 2048 tokens of 115 active neurons, 512 KB take 25%
+// longer than 2 MB (docs/kernels/cpu_ffn.md).
 inline constexpr std::int64_t kSlabBytes = 2 << 20;
 
 constexpr std::int64_t divide_up(std::int64_t n, std::int64_t unit) {

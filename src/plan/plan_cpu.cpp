@@ -29,45 +29,43 @@ Rates rates(DType dtype, CpuIsa isa) {
   if (dtype == DType::kBf16) {
     switch (isa) {
       case CpuIsa::kAmxBf16:
-        return {1000, 650, 1000, 75, 12, 12};
+        return {1000, 650, 900, 100, 12, 12};
       case CpuIsa::kAvx512Bf16:
-        return {230, 185, 230, 75, 24, 32};
+        return {205, 190, 217, 62, 16, 32};
       case CpuIsa::kAvx2:
-        return {62, 52, 23, 45, 24, 48};
+        return {62, 52, 23, 45, 16, 48};
       case CpuIsa::kPortable:
-        return {24, 30, 8, 24, 24, 64};
+        return {24, 30, 8, 24, 16, 64};
     }
   }
   const double scale = dtype == DType::kFloat32 ? 1 : 0.5;
   switch (isa) {
     case CpuIsa::kAmxBf16:
     case CpuIsa::kAvx512Bf16:
-      return {90 * scale, 52 * scale, 100 * scale, 50 * scale, 24, 32};
+      return {90 * scale, 52 * scale, 100 * scale, 50 * scale, 16, 32};
     case CpuIsa::kAvx2:
-      return {50 * scale, 45 * scale, 60 * scale, 15 * scale, 24, 48};
+      return {50 * scale, 45 * scale, 60 * scale, 15 * scale, 16, 48};
     case CpuIsa::kPortable:
       break;
   }
-  return {12 * scale, 12 * scale, 60 * scale, 6 * scale, 24, 64};
+  return {12 * scale, 12 * scale, 60 * scale, 6 * scale, 16, 64};
 }
 
 // Of one thread. Weights come from memory; rows of weights that a tile gathers, mostly from cache.
-constexpr double kDotsReadGbPerSecond = 24;     // our dots of few tokens
+constexpr double kDotsReadGbPerSecond = 20;     // our dots of few tokens
 constexpr double kDenseReadGbPerSecond = 10.5;  // PyTorch's products
-constexpr double kRowGbPerSecond = 8;
+constexpr double kRowGbPerSecond = 9;
 constexpr double kMostReaders = 8;  // threads beyond which memory gets no faster
 
-// Gradients of weights are new memory in every step. malloc reuses small blocks; large ones come
-// from the system, which clears them page by page.
-constexpr double kWriteGbPerSecond = 5.5;
-constexpr double kFaultGbPerSecond = 2;
-constexpr double kFaultBytes = 4 << 20;
+// Gradients of weights: new memory in every step, which the system clears page by page.
+constexpr double kWriteGbPerSecond = 2.2;
 
-constexpr double kCallMs = 0.033;        // to start one product
-constexpr double kElementwiseNs = 1.35;  // PyTorch's passes over an element of [tokens, neurons]
-constexpr double kPackNs = 0.6;          // to compare and pack such an element
-constexpr double kPairNs = 4;            // to find an active (token, neuron) pair
-constexpr double kCoefficientNs = 1.4;   // per heavy element of the backward
+constexpr double kProductCallMs = 0.042;  // to start one of PyTorch's products
+constexpr double kBlockCallMs = 0.1;      // to start twell's operator
+constexpr double kElementwiseNs = 0.5;    // PyTorch's passes over an element of [tokens, neurons]
+constexpr double kPackNs = 0.9;           // to compare and pack such an element
+constexpr double kPairNs = 3.7;           // to find an active (token, neuron) pair
+constexpr double kCoefficientNs = 1.8;    // per heavy element of the backward
 
 constexpr std::int64_t kTileTokens = 128;
 constexpr std::int64_t kChunkTokens = 512;
@@ -103,12 +101,12 @@ class Predictor {
 
   double dense_forward() const {
     const double read_ms = matrix_bytes() / kDenseReadGbPerSecond * 1e-6 / readers_;
-    return (1 + later_products_) * (kCallMs + dense_product() + read_ms) + elementwise();
+    return (1 + later_products_) * (kProductCallMs + dense_product() + read_ms) + elementwise();
   }
 
   // Of each of the forward's products two, and the gradient of its weights.
   double dense_backward() const {
-    return (1 + later_products_) * (2 * kCallMs + 2 * dense_product() + write_gradient()) +
+    return (1 + later_products_) * (2 * kProductCallMs + 2 * dense_product() + write_gradient()) +
            2 * elementwise();
   }
 
@@ -118,15 +116,15 @@ class Predictor {
     const double gate_ms =
         spread(padded_tokens_ * neurons_ * element(by_dots_ ? rate_.light : rate_.product)) +
         spread(by_dots_ ? 0 : tokens_ * neurons_ * kPackNs);
-    return kCallMs + gate_ms + read_ms +
+    return kBlockCallMs + gate_ms + read_ms +
            later_products_ * active_product(1, gather_rows(), kPackNs);
   }
 
   // For each of the forward's products, dh or a share of dx, which gather rows as up and down do,
   // and the gradient of its weights, which does not.
   double sparse_backward() const {
-    return (1 + later_products_) *
-           (kCallMs + active_product(2, gather_rows(), kCoefficientNs) + write_gradient());
+    return kBlockCallMs + (1 + later_products_) *
+                              (active_product(2, gather_rows(), kCoefficientNs) + write_gradient());
   }
 
  private:
@@ -140,10 +138,7 @@ class Predictor {
   double elementwise() const {
     return later_products_ * spread(tokens_ * neurons_ * kElementwiseNs);
   }
-  double write_gradient() const {
-    const double speed = matrix_bytes() < kFaultBytes ? kWriteGbPerSecond : kFaultGbPerSecond;
-    return matrix_bytes() / speed * 1e-6 / readers_;
-  }
+  double write_gradient() const { return matrix_bytes() / kWriteGbPerSecond * 1e-6 / readers_; }
   double gather_rows() const {
     const double tiles = std::ceil(tokens_ / static_cast<double>(kTileTokens));
     return spread(tiles * in_union_ * row_bytes_ / kRowGbPerSecond);
