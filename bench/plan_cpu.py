@@ -1,6 +1,6 @@
 """Times what the planner for CPUs predicts, and stores the figures.
 
-usage: plan_cpu.py [--out FILE] [--seconds S]
+usage: plan_cpu.py [--shapes KxN …] [--out FILE] [--seconds S]
 
 For blocks of three shapes, few and many tokens and every density: one call of PyTorch's dense block
 and one of twell's sparse one, in turn, the forward alone and with the backward. Writes
@@ -8,7 +8,8 @@ and one of twell's sparse one, in turn, the forward alone and with the backward.
     {"machine": {…}, "results": [{"kind", "hidden", "neurons", "tokens", "training", "active",
                                   "dense_ms", "twell_ms"}, …]}
 
-to bench/results/cpu/plan-ISA.json, which tests/app/plan_figures_test.cpp holds the planner to.
+to bench/results/cpu/plan-ISA.json, which the planner's constants are fitted to. The constants are
+judged by other shapes, in plan-held-out-ISA.json. tests/app/plan_figures_test.cpp reads both.
 
 Times are processor time of one thread, which other work on the machine disturbs less than the
 clock, and lower quartiles. Weights rotate through copies beyond the second-level cache.
@@ -28,7 +29,7 @@ from torch.nn.functional import linear
 import twell
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = ((256, 1024), (512, 1536), (2048, 5632))  # hidden, neurons
+SHAPES = ("256x1024", "512x1536", "2048x5632")  # hidden x neurons
 KINDS = ("gated", "plain")
 DENSITIES = (0.005, 0.02, 0.1, 0.2, 0.5, 1.0)
 TOKENS = {False: (1, 4, 16, 64, 128, 512, 2048), True: (64, 128, 512, 2048)}  # by training
@@ -120,6 +121,7 @@ def describe_machine() -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="hidden x neurons")
     parser.add_argument("--out", type=Path, help="default: by this machine's instruction set")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, per case, at least")
     arguments = parser.parse_args()
@@ -127,7 +129,8 @@ def main():
     torch.manual_seed(1)
 
     results = []
-    for (hidden, neurons), kind in itertools.product(SHAPES, KINDS):
+    for shape, kind in itertools.product(arguments.shapes, KINDS):
+        hidden, neurons = map(int, shape.split("x"))
         copy_bytes = (3 if kind == "gated" else 2) * hidden * neurons * 2
         count = max(3, COPIES_BYTES // copy_bytes)
         blocks = [Block(kind, hidden, neurons, seed) for seed in range(count)]
