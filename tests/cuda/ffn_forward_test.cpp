@@ -67,47 +67,73 @@ TEST_F(CudaForward, TakesActiveTokensInOneTileOnly) {
   check(block, "one tile");
 }
 
-TEST_F(CudaForward, SpreadsNanAndInfinityAsDense) {
+class CudaForwardNotFinite : public CudaForward {
+ protected:
+  // y is NaN, infinite (of the same sign) or finite where the dense block's is.
+  void check_kinds(const Block& block, const std::string& name) {
+    const std::vector<double> want = block.output();
+    for (const Device& device : devices) {
+      SCOPED_TRACE(name + ", " + std::string(name_of(block.problem.kind)) + ", tokens " +
+                   std::to_string(block.problem.tokens) + " as sm_" +
+                   std::to_string(device.compute_capability));
+      Call call(sparse_plan(block.problem, device), block);
+      ASSERT_TRUE(call.run().ok());
+      const std::vector<bf16> got = call.y.download<bf16>();
+      for (std::size_t i = 0; i < want.size(); ++i) {
+        if (std::isnan(want[i])) {
+          EXPECT_TRUE(std::isnan(to_float(got[i]))) << i;
+        } else if (std::isinf(want[i])) {
+          EXPECT_EQ(to_float(got[i]), want[i]) << i;
+        } else {
+          EXPECT_TRUE(std::isfinite(to_float(got[i]))) << i;
+        }
+      }
+    }
+  }
+
+  const float infinity_ = std::numeric_limits<float>::infinity();
+  const float nan_ = std::numeric_limits<float>::quiet_NaN();
+};
+
+TEST_F(CudaForwardNotFinite, SpreadsFromATokenAsDense) {
   for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
     for (const std::int64_t tokens : {40, 300}) {
       Block block(kind, tokens, 72, 520, 0.02);
-      const float nan = std::numeric_limits<float>::quiet_NaN();
-      const float infinity = std::numeric_limits<float>::infinity();
-      block.x[3 * 72 + 5] = to_bf16(nan);
-      block.x[tokens / 2 * 72 + 6] = to_bf16(infinity);
-      block.x[(tokens - 1) * 72 + 7] = to_bf16(-infinity);
-      const std::vector<double> want = block.output();
-      for (const Device& device : devices) {
-        SCOPED_TRACE(name_of(block.problem, 0.02) + " as sm_" +
-                     std::to_string(device.compute_capability));
-        Call call(sparse_plan(block.problem, device), block);
-        ASSERT_TRUE(call.run().ok());
-        const std::vector<bf16> got = call.y.download<bf16>();
-        for (std::size_t i = 0; i < want.size(); ++i) {
-          if (std::isnan(want[i])) {
-            EXPECT_TRUE(std::isnan(to_float(got[i]))) << i;
-          } else if (std::isinf(want[i])) {
-            EXPECT_EQ(to_float(got[i]), want[i]) << i;
-          } else {
-            EXPECT_TRUE(std::isfinite(to_float(got[i]))) << i;
-          }
-        }
+      block.x[3 * 72 + 5] = to_bf16(nan_);
+      block.x[tokens / 2 * 72 + 6] = to_bf16(infinity_);
+      block.x[(tokens - 1) * 72 + 7] = to_bf16(-infinity_);
+      check_kinds(block, "NaN, inf, -inf");
+    }
+  }
+}
+
+TEST_F(CudaForwardNotFinite, TellsInfinityFromNan) {
+  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+    for (const std::int64_t tokens : {40, 150}) {
+      Block block(kind, tokens, 72, 136, 0.1);
+      for (std::vector<bf16>* weights : {&block.gate, &block.up, &block.down}) {
+        for (bf16& value : *weights) value.bits &= 0x7fffu;  // positive
       }
+      block.x[(tokens - 1) * 72 + 6] = to_bf16(infinity_);
+      check_kinds(block, "infinity in y");
+      // A neuron that is silent for all tokens: 0 · inf.
+      std::vector<bf16>& deciding = kind == FfnKind::kGated ? block.gate : block.up;
+      deciding[131 * 72] = to_bf16(-100.0f);
+      deciding[131 * 72 + 6].bits |= 0x8000u;
+      check_kinds(block, "one neuron silent");
     }
   }
 }
 
 // As twell/ffn.h says.
-TEST_F(CudaForward, TakesNanAndInfinityInWeights) {
-  constexpr std::int64_t kSilent = 5, kBusy = 130, kHidden = 72;
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float infinity = std::numeric_limits<float>::infinity();
+TEST_F(CudaForwardNotFinite, TakesWeights) {
+  constexpr std::int64_t kSilent = 0, kBusy = 130, kHidden = 72;
   for (const std::int64_t tokens : {40, 150}) {
     Block block(FfnKind::kGated, tokens, kHidden, 264, 0.2);
     block.gate[kSilent * kHidden] = to_bf16(-9.0f);
     block.gate[kBusy * kHidden] = to_bf16(9.0f);
-    block.up[kSilent * kHidden + 2] = block.down[kSilent * kHidden + 3] = to_bf16(infinity);
-    block.down[kBusy * kHidden + 4] = to_bf16(nan);
+    block.up[kSilent * kHidden + 2] = block.down[kSilent * kHidden + 3] = to_bf16(infinity_);
+    block.down[kBusy * kHidden + 4] = to_bf16(nan_);
     for (const Device& device : devices) {
       SCOPED_TRACE(name_of(block.problem, 0.2) + " as sm_" +
                    std::to_string(device.compute_capability));
@@ -118,7 +144,7 @@ TEST_F(CudaForward, TakesNanAndInfinityInWeights) {
         EXPECT_EQ(std::isfinite(to_float(y[i])), i % kHidden != 4) << i;
       }
       Block deciding = block;
-      deciding.gate[kBusy * kHidden + 1] = to_bf16(nan);
+      deciding.gate[kBusy * kHidden + 1] = to_bf16(nan_);
       Call all(sparse_plan(block.problem, device), deciding);
       ASSERT_TRUE(all.run().ok());
       for (const bf16 value : all.y.download<bf16>()) EXPECT_TRUE(std::isnan(to_float(value)));
