@@ -87,7 +87,8 @@ struct Products {
                  cudaStream_t stream);
 };
 
-// Those for a device of compute capability 80 or newer.
+// Those for a device of compute capability 80 or newer, which it need not really have: a Hopper GPU
+// (90) described as 80 runs the PTX for all other GPUs.
 const Products& products_for(const Device& device);
 
 // unions, counts, order, schedule ← masks.
