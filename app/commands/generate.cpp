@@ -12,6 +12,7 @@
 #include "app/commands/options.h"
 #include "app/error.h"
 #include "app/hf/tokenizer.h"
+#include "app/model/decoder.h"
 #include "app/model/llama.h"
 #include "app/model/sample.h"
 
@@ -62,18 +63,12 @@ void run_generate(const GenerateFlags& flags) {
   }
   const int64_t wanted = std::min(flags.max_tokens, limit - prompt_tokens);
 
-  KvCache cache(prompt_tokens + wanted);
-  ForwardOptions options;
-  options.ffn = flags.run.ffn_mode();
-  options.cache = &cache;
-  const auto next_logits = [&](const torch::Tensor& tokens) {
-    const torch::Tensor hidden = model.forward(tokens.unsqueeze(0).to(device), options);
-    return model.logits(hidden[0][-1]);
-  };
-
+  const FfnMode ffn = flags.run.ffn_mode();
+  Decoder decoder(model, ffn, prompt_tokens + wanted);
   Sampler sampler(flags.sample);
   auto start = Clock::now();
-  torch::Tensor logits = next_logits(torch::tensor(prompt, torch::kInt64));
+  torch::Tensor logits = decoder.prefill(torch::tensor(prompt, torch::kInt64));
+  if (device.is_cuda()) torch::cuda::synchronize(device.index());
   const double prefill_seconds = seconds_since(start);
   start = Clock::now();
 
@@ -98,7 +93,7 @@ void run_generate(const GenerateFlags& flags) {
     text = tokenizer.decode(ids);
     show(settled_bytes(text));
     if (static_cast<int64_t>(ids.size()) == wanted) break;
-    logits = next_logits(torch::tensor({id}, torch::kInt64));
+    logits = decoder.step(id);
     ++decoded;
   }
   show(text.size());
@@ -108,7 +103,7 @@ void run_generate(const GenerateFlags& flags) {
   const double decode_rate = decoded > 0 ? static_cast<double>(decoded) / decode_seconds : 0;
   if (flags.run.json) {
     const Json report = {{"model", flags.model},
-                         {"ffn", name_of(options.ffn)},
+                         {"ffn", name_of(ffn)},
                          {"prompt", flags.prompt},
                          {"text", text},
                          {"prompt_tokens", prompt_tokens},

@@ -163,19 +163,21 @@ FfnPlan plan_for(const Tensor& x, int64_t neurons, FfnPath path, bool training,
   return std::move(plan).value();
 }
 
+void FfnChooser::observe(const Tensor& x, const FfnWeights& weights, FfnMode mode) {
+  if (mode != FfnMode::kAuto || calls++ % kInterval != 0) return;
+  const FfnDensity now = measure_density(x, weights.gate);
+  if (density.active < 0) {
+    density = now;
+  } else if (now.active >= 0) {
+    density.active = kMemory * density.active + (1 - kMemory) * now.active;
+    density.tile_union = kMemory * density.tile_union + (1 - kMemory) * now.tile_union;
+  }
+}
+
 FfnPath FfnChooser::choose(const Tensor& x, const FfnWeights& weights, FfnMode mode,
-                           bool training) {
+                           bool training) const {
   if (mode == FfnMode::kDense) return FfnPath::kDense;
   if (mode == FfnMode::kTwell) return FfnPath::kSparse;
-  if (calls++ % kInterval == 0) {
-    const FfnDensity now = measure_density(x, weights.gate);
-    if (density.active < 0) {
-      density = now;
-    } else if (now.active >= 0) {
-      density.active = kMemory * density.active + (1 - kMemory) * now.active;
-      density.tile_union = kMemory * density.tile_union + (1 - kMemory) * now.tile_union;
-    }
-  }
   return plan_for(x, weights.gate.size(0), FfnPath::kAuto, training, density).path;
 }
 

@@ -53,8 +53,8 @@ FfnDensity measure_density(const torch::Tensor& x, const torch::Tensor& gate);
 FfnPlan plan_for(const torch::Tensor& x, int64_t neurons, FfnPath path, bool training,
                  const FfnDensity& density);
 
-// One layer's choice in FfnMode::kAuto. It measures a tile every kInterval calls, keeps a running
-// mean and asks the planner. Plain state, stored in training checkpoints so that a resumed run
+// One layer's choice in FfnMode::kAuto. It measures a tile every kInterval observations, keeps a
+// running mean and asks the planner. Plain state, stored in training checkpoints so that a resumed run
 // chooses alike.
 struct FfnChooser {
   static constexpr int64_t kInterval = 16;  // a tile costs less than 1/100 of such a stretch
@@ -63,7 +63,11 @@ struct FfnChooser {
   int64_t calls = 0;
   FfnDensity density;
 
-  FfnPath choose(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode, bool training);
+  // Measures now and then, in FfnMode::kAuto; waits for the device when it does.
+  void observe(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode);
+  // The path for x [tokens, hidden], for the density observed so far; host work only.
+  FfnPath choose(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode,
+                 bool training) const;
 };
 
 }  // namespace twell::app

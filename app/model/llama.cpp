@@ -89,14 +89,18 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   return x * cos + torch::cat({-halves[1], halves[0]}, -1) * sin;
 }
 
-// Scaled dot-product attention in which query i sees the keys up to past + i.
+// Scaled dot-product attention in which query i sees the keys up to past + i; a single query those
+// of `visible` (bool [keys]; undefined: all).
 // q [batch, heads, length, head_dim], k and v [batch, kv_heads, past + length, head_dim].
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& visible) {
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), head_dim = q.size(3);
   const int64_t kv_heads = k.size(1);
   if (length == 1) {  // a group of queries that share keys is a sequence that sees all of them
-    return torch::scaled_dot_product_attention(
-               q.reshape({batch, kv_heads, heads / kv_heads, head_dim}), k, v)
+    const int64_t group = heads / kv_heads;
+    const auto mask = visible.defined() ? std::optional(visible.expand({group, k.size(2)}))
+                                        : std::optional<Tensor>();
+    return torch::scaled_dot_product_attention(q.reshape({batch, kv_heads, group, head_dim}), k, v,
+                                               mask)
         .reshape({batch, heads, 1, head_dim});
   }
   const bool grouped = heads != kv_heads;
@@ -110,16 +114,24 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
   return torch::scaled_dot_product_attention(q, k, v, mask, 0.0, false, std::nullopt, grouped);
 }
 
-// Appends x [batch, heads, length, head_dim] at `position`; `store` grows by doubling.
-Tensor append(Tensor& store, const Tensor& x, int64_t position, int64_t max_length) {
-  const int64_t end = position + x.size(2);
-  if (!store.defined() || store.size(2) < end) {
-    const int64_t capacity = std::min(max_length, std::max<int64_t>(end, 2 * position));
-    Tensor grown = torch::empty({x.size(0), x.size(1), capacity, x.size(3)}, x.options());
-    if (position > 0) grown.narrow(2, 0, position).copy_(store.narrow(2, 0, position));
-    store = std::move(grown);
+// Gives `store` [batch, heads, capacity, head_dim] a larger capacity: what is held stays, the rest
+// is zeros, which masked attention may multiply by 0.
+void grow(Tensor& store, int64_t held, int64_t capacity) {
+  Tensor grown =
+      torch::zeros({store.size(0), store.size(1), capacity, store.size(3)}, store.options());
+  if (held > 0) grown.narrow(2, 0, held).copy_(store.narrow(2, 0, held));
+  store = std::move(grown);
+}
+
+// Appends x [batch, heads, length, head_dim] at the cache's end; returns what queries attend to.
+Tensor append(Tensor& store, const Tensor& x, const KvCache& cache) {
+  if (cache.slot.defined()) return store.index_copy_(2, cache.slot, x);
+  const int64_t end = cache.length + x.size(2);
+  if (!store.defined()) store = x.narrow(2, 0, 0);
+  if (store.size(2) < end) {
+    grow(store, cache.length, std::min(cache.max_length, std::max<int64_t>(end, 2 * cache.length)));
   }
-  store.narrow(2, position, x.size(2)).copy_(x);
+  store.narrow(2, cache.length, x.size(2)).copy_(x);
   return store.narrow(2, 0, end);
 }
 
@@ -223,6 +235,24 @@ FfnWeights Llama::ffn_weights(int layer) const {
           weight(layer_name(layer, "mlp.up_proj.weight")), weight(layer_name(layer, kDown))};
 }
 
+void Llama::reserve_positions(int64_t count) {
+  if (cos_.defined() && cos_.size(0) >= count) return;
+  const torch::NoGradGuard no_grad;
+  const Tensor angles = torch::outer(torch::arange(2 * count).to(torch::kFloat32),
+                                     rope_frequencies(config_));  // [positions, head_dim / 2]
+  const Tensor both = torch::cat({angles, angles}, -1);
+  cos_ = both.cos().to(torch::TensorOptions(device_).dtype(compute_));
+  sin_ = both.sin().to(torch::TensorOptions(device_).dtype(compute_));
+}
+
+void Llama::reserve(KvCache& cache, int64_t length) {
+  reserve_positions(length);
+  for (size_t layer = 0; layer < cache.keys.size(); ++layer) {
+    grow(cache.keys[layer], cache.length, length);
+    grow(cache.values[layer], cache.length, length);
+  }
+}
+
 Tensor Llama::attention(int layer, const Tensor& x, KvCache* cache, int64_t position) {
   const int64_t batch = x.size(0), length = x.size(1), head_dim = config_.head_dim;
   const auto project = [&](const Tensor& input, const std::string& name, bool bias) {
@@ -232,18 +262,23 @@ Tensor Llama::attention(int layer, const Tensor& x, KvCache* cache, int64_t posi
   const auto split = [&](const Tensor& t, int64_t heads) {  // → [batch, heads, length, head_dim]
     return t.view({batch, length, heads, head_dim}).transpose(1, 2);
   };
-  const Tensor cos = cos_.narrow(0, position, length);
-  const Tensor sin = sin_.narrow(0, position, length);
+  const bool in_slot = cache != nullptr && cache->slot.defined();
+  const auto rows = [&](const Tensor& table) {  // of this call's positions
+    return in_slot ? table.index_select(0, cache->slot) : table.narrow(0, position, length);
+  };
+  const Tensor cos = rows(cos_), sin = rows(sin_);
   const bool bias = config_.qkv_bias();
   const Tensor q = rotate(split(project(x, "q", bias), config_.num_attention_heads), cos, sin);
   Tensor k = rotate(split(project(x, "k", bias), config_.num_key_value_heads), cos, sin);
   Tensor v = split(project(x, "v", bias), config_.num_key_value_heads);
   if (cache != nullptr) {
     const auto index = static_cast<size_t>(layer);
-    k = append(cache->keys[index], k, position, cache->max_length);
-    v = append(cache->values[index], v, position, cache->max_length);
+    k = append(cache->keys[index], k, *cache);
+    v = append(cache->values[index], v, *cache);
   }
-  const Tensor mixed = attend(q, k, v).transpose(1, 2).reshape({batch, length, -1});
+  const Tensor visible =
+      in_slot ? torch::arange(k.size(2), cache->slot.options()).le(cache->slot) : Tensor();
+  const Tensor mixed = attend(q, k, v, visible).transpose(1, 2).reshape({batch, length, -1});
   return project(mixed, "o", config_.o_bias());
 }
 
@@ -252,8 +287,10 @@ Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& opt
   const FfnWeights weights = ffn_weights(layer);
   if (options.on_ffn) options.on_ffn(layer, flat, weights);
   if (!is_relu()) return silu_ffn(flat, weights).view_as(x);
-  const FfnPath path = choosers_[static_cast<size_t>(layer)].choose(
-      flat.detach(), weights, options.ffn, torch::GradMode::is_enabled());
+  FfnChooser& chooser = choosers_[static_cast<size_t>(layer)];
+  const bool in_slot = options.cache != nullptr && options.cache->slot.defined();
+  if (!in_slot) chooser.observe(flat.detach(), weights, options.ffn);
+  const FfnPath path = chooser.choose(flat, weights, options.ffn, torch::GradMode::is_enabled());
   FfnOutput out = relu_ffn(flat, weights, path);
   const Tensor y = std::exchange(out.y, Tensor()).view_as(x);
   if (options.ffn_outputs != nullptr) options.ffn_outputs->push_back(std::move(out));
@@ -272,14 +309,7 @@ Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
     options.cache->keys.resize(choosers_.size());
     options.cache->values.resize(choosers_.size());
   }
-  if (!cos_.defined() || cos_.size(0) < end) {
-    const torch::NoGradGuard no_grad;
-    const Tensor angles = torch::outer(torch::arange(2 * end).to(torch::kFloat32),
-                                       rope_frequencies(config_));  // [positions, head_dim / 2]
-    const Tensor both = torch::cat({angles, angles}, -1);
-    cos_ = both.cos().to(torch::TensorOptions(device_).dtype(compute_));
-    sin_ = both.sin().to(torch::TensorOptions(device_).dtype(compute_));
-  }
+  reserve_positions(end);
   const auto norm = [&](const Tensor& x, const std::string& name) {
     return rms_norm(x, parameters_.at(name), config_.rms_norm_eps);
   };
@@ -290,7 +320,7 @@ Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
     x = x +
         feed_forward(layer, norm(x, layer_name(layer, "post_attention_layernorm.weight")), options);
   }
-  if (options.cache != nullptr) options.cache->length = end;
+  if (options.cache != nullptr && !options.cache->slot.defined()) options.cache->length = end;
   return norm(x, kFinalNorm);
 }
 

@@ -20,9 +20,15 @@ namespace twell::app {
 struct KvCache {
   explicit KvCache(int64_t max_length) : max_length(max_length) {}
 
+  int64_t capacity() const { return keys.empty() ? 0 : keys.front().size(2); }
+
   int64_t max_length;
   int64_t length = 0;                       // tokens held
   std::vector<torch::Tensor> keys, values;  // per layer [batch, kv_heads, capacity, head_dim]
+  // If defined, where the next token goes: int64 [1] on the model's device, below the capacity. A
+  // call then takes one token, attends to the whole capacity under a mask and reads nothing on the
+  // host, so that a graph can hold it; `length` is left to the caller.
+  torch::Tensor slot;
 };
 
 struct ForwardOptions {
@@ -54,6 +60,8 @@ class Llama {
 
   // tokens [batch, length] int64 → [batch, length, hidden] after the final norm.
   torch::Tensor forward(const torch::Tensor& tokens, const ForwardOptions& options = {});
+  // Makes room for `length` tokens in all (more than the cache holds, at most its max_length).
+  void reserve(KvCache& cache, int64_t length);
   // hidden [..., hidden] → [..., vocab], in the compute dtype.
   torch::Tensor logits(const torch::Tensor& hidden) const;
   // The weight of logits(): [vocab, hidden] in the compute dtype.
@@ -74,6 +82,7 @@ class Llama {
  private:
   Llama(ModelConfig config, torch::ScalarType compute, torch::Device device);
   torch::Tensor weight(const std::string& name) const;  // in the compute dtype
+  void reserve_positions(int64_t count);
   torch::Tensor attention(int layer, const torch::Tensor& x, KvCache* cache, int64_t position);
   torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options);
 

@@ -151,6 +151,8 @@ TEST(Chooser, FollowsTheMode) {
   const Leaves leaves = Leaves(8, 64, 136, 0).to(torch::kBFloat16);
   const FfnWeights weights{leaves.gate, leaves.up, leaves.down};
   FfnChooser chooser;
+  chooser.observe(leaves.x, weights, FfnMode::kDense);
+  chooser.observe(leaves.x, weights, FfnMode::kTwell);
   EXPECT_EQ(chooser.choose(leaves.x, weights, FfnMode::kDense, false), FfnPath::kDense);
   EXPECT_EQ(chooser.choose(leaves.x, weights, FfnMode::kTwell, false), FfnPath::kSparse);
   EXPECT_EQ(chooser.calls, 0);
@@ -163,6 +165,7 @@ TEST(Chooser, PicksDenseForDenseAndSparseForSparse) {
     const Leaves leaves = Leaves(512, 512, 2048, sparse ? -50 : 50).to(torch::kFloat32);
     const FfnWeights weights{leaves.gate, leaves.up, leaves.down};
     FfnChooser chooser;
+    chooser.observe(leaves.x, weights, FfnMode::kAuto);
     const FfnPath path = chooser.choose(leaves.x, weights, FfnMode::kAuto, false);
     EXPECT_EQ(path, sparse ? FfnPath::kSparse : FfnPath::kDense);
     EXPECT_DOUBLE_EQ(chooser.density.active, sparse ? 0 : 2048);

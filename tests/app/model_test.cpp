@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include "app/error.h"
+#include "app/model/decoder.h"
 #include "app/model/llama.h"
 #include "app/model/sample.h"
 
@@ -105,6 +106,61 @@ TEST(KvCache, EqualsTheFullForward) {
       EXPECT_THROW(model.forward(tokens.narrow(1, 0, 1), options), Error);
     }
   }
+}
+
+// Steps of fixed shape, whose position is a tensor, as a graph holds them.
+TEST(KvCache, StepsInASlotEqualTheFullForward) {
+  const torch::NoGradGuard no_grad;
+  for (const int64_t kv_heads : {1, 2, 4}) {
+    ModelConfig config = small_config();
+    config.num_key_value_heads = kv_heads;
+    Llama model = small_model(config);
+    const Tensor tokens = some_tokens(2, 41);
+    const Tensor whole = model.forward(tokens);
+    KvCache cache(50);
+    ForwardOptions options;
+    options.cache = &cache;
+    model.forward(tokens.narrow(1, 0, 7), options);
+    model.reserve(cache, 50);
+    EXPECT_EQ(cache.capacity(), 50);
+    cache.slot = torch::zeros({1}, torch::kInt64);
+    for (int64_t at = 7; at < 41; ++at) {
+      cache.slot.fill_(at);
+      const Tensor step = model.forward(tokens.narrow(1, at, 1), options);
+      EXPECT_LT(difference(step, whole.narrow(1, at, 1)), 2e-5) << "at " << at;
+      EXPECT_EQ(cache.length, 7);
+    }
+  }
+}
+
+void expect_decodes_as_the_full_forward(const torch::Device& device, FfnMode ffn) {
+  const torch::InferenceMode inference;
+  ModelConfig config = small_config();
+  config.max_position_embeddings = 600;
+  Llama model = Llama::create(config, 7, torch::kFloat32, device);
+  const Tensor tokens = some_tokens(1, 520)[0];
+  const Tensor whole =
+      model.logits(model.forward(tokens.unsqueeze(0).to(device)))[0].to(torch::kCPU);
+  Decoder decoder(model, ffn, 520);
+  Tensor logits = decoder.prefill(tokens.narrow(0, 0, 9));
+  for (int64_t at = 9; at < 520; ++at) {
+    ASSERT_LT(difference(logits.to(torch::kCPU), whole[at - 1]), 1e-4) << "at " << at;
+    logits = decoder.step(tokens[at].item<int64_t>());
+    ASSERT_EQ(decoder.length(), at + 1);
+  }
+  EXPECT_THROW(decoder.step(0), Error);
+}
+
+TEST(Decoder, EqualsTheFullForward) {
+  for (const FfnMode ffn : {FfnMode::kDense, FfnMode::kTwell, FfnMode::kAuto}) {
+    expect_decodes_as_the_full_forward(torch::kCPU, ffn);
+  }
+}
+
+// float32, which the sparse path on CUDA does not offer: what is tested is the captured step.
+TEST(Decoder, ReplaysAGraphOnCuda) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "needs a CUDA device";
+  expect_decodes_as_the_full_forward(torch::kCUDA, FfnMode::kDense);
 }
 
 TEST(Llama, DenseAndTwellAgree) {
