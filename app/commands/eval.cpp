@@ -25,25 +25,10 @@ using Json = nlohmann::ordered_json;
 
 struct EvalFlags {
   RunOptions run;
+  TextRun text;
   std::string model;
-  std::vector<std::string> data;
   std::string logits;
-  int64_t context = 0;
-  int64_t batch = 16;
-  int64_t max_tokens = 0;
 };
-
-// The documents of `paths` as one stream, each ended by the model's eos token, if it has one.
-TokenStream read_stream(const std::vector<std::string>& data, const Tokenizer& tokenizer,
-                        const ModelConfig& config) {
-  TokenStream stream(config.vocab_size);
-  read_documents({data.begin(), data.end()}, {}, [&](Document document) {
-    std::vector<int64_t> ids = tokenizer.encode(document.text, false);
-    if (!config.eos_token_ids.empty()) ids.push_back(config.eos_token_ids.front());
-    stream.append(ids);
-  });
-  return stream;
-}
 
 // The first window's tokens and logits, to compare with other programs.
 void save_logits(Llama& model, const TokenStream& stream, int64_t context, FfnMode mode,
@@ -67,14 +52,9 @@ void run_eval(const EvalFlags& flags) {
   const FfnMode mode = flags.run.ffn_mode();
   model.check_mode(mode);
   const Tokenizer tokenizer = Tokenizer::load(flags.model);
-  const TokenStream stream = read_stream(flags.data, tokenizer, config);
+  const TokenStream stream = flags.text.read(tokenizer, config);
 
-  EvaluationOptions options;
-  options.ffn = mode;
-  options.context =
-      flags.context > 0 ? flags.context : std::min<int64_t>(config.max_position_embeddings, 2048);
-  options.batch = flags.batch;
-  options.max_tokens = flags.max_tokens;
+  EvaluationOptions options = flags.text.evaluation(config, mode);
   Progress bar("eval");
   options.progress = [&](double done) { bar.update(done, ""); };
   const Evaluation result = evaluate(model, stream, options);
@@ -125,18 +105,7 @@ void add_eval_command(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("eval", "Perplexity of a model on text");
   command.add_option("--model", flags->model, "Hugging Face directory (Llama or Qwen2)")
       ->required();
-  command.add_option("--data", flags->data, "UTF-8 text files, folders or .jsonl files")
-      ->required();
-  command
-      .add_option("--context", flags->context, "Tokens of a window; 0: the model's, at most 2048")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
-      ->capture_default_str();
-  command.add_option("--batch", flags->batch, "Windows at a time")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 16))
-      ->capture_default_str();
-  command.add_option("--max-tokens", flags->max_tokens, "Stop after so many tokens; 0: never")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
-      ->capture_default_str();
+  flags->text.add_to(command);
   command.add_option("--save-logits", flags->logits,
                      "Write the first window's tokens and logits [tokens, vocab] float32 to this "
                      "safetensors file");

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "app/commands/options.h"
-#include "app/data/text.h"
 #include "app/data/tokens.h"
 #include "app/error.h"
 #include "app/hf/tokenizer.h"
@@ -33,19 +32,6 @@ struct InspectFlags {
   InspectTarget target;
 };
 
-// Reads only as many documents as are needed.
-TokenStream read_tokens(const std::vector<std::string>& data, const Tokenizer& tokenizer,
-                        const ModelConfig& config, std::int64_t wanted) {
-  TokenStream stream(config.vocab_size);
-  read_documents({data.begin(), data.end()}, {}, [&](Document document) {
-    if (stream.size() >= wanted) return;
-    std::vector<std::int64_t> ids = tokenizer.encode(document.text, false);
-    if (!config.eos_token_ids.empty()) ids.push_back(config.eos_token_ids.front());
-    stream.append(ids);
-  });
-  return stream;
-}
-
 std::vector<Trace> observe_model(InspectFlags& flags) {
   const auto type = flags.run.scalar_type();
   Llama model = Llama::load(flags.model, type, type, flags.target.device);
@@ -54,7 +40,9 @@ std::vector<Trace> observe_model(InspectFlags& flags) {
   flags.observe.context =
       std::min<std::int64_t>(flags.observe.context, config.max_position_embeddings);
   const Tokenizer tokenizer = Tokenizer::load(flags.model);
-  const TokenStream stream = read_tokens(flags.data, tokenizer, config, flags.observe.max_tokens);
+  const TokenStream stream =
+      read_stream({flags.data.begin(), flags.data.end()}, tokenizer, config.separator(),
+                  config.vocab_size, flags.observe.max_tokens);
   Progress bar("inspect");
   flags.observe.progress = [&](double done) { bar.update(done, ""); };
   return observe(model, stream, flags.observe);

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "app/error.h"
@@ -66,6 +67,34 @@ torch::Device RunOptions::start() const {
 
 torch::ScalarType RunOptions::scalar_type() const {
   return dtype == "float32" ? torch::kFloat32 : torch::kBFloat16;
+}
+
+void TextRun::add_to(CLI::App& command) {
+  command.add_option("--data", data, "UTF-8 text files, folders or .jsonl files")->required();
+  command.add_option("--context", context, "Tokens of a window; 0: the model's, at most 2048")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
+      ->capture_default_str();
+  command.add_option("--batch", batch, "Windows at a time")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 16))
+      ->capture_default_str();
+  command.add_option("--max-tokens", max_tokens, "Stop after so many tokens; 0: never")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
+      ->capture_default_str();
+}
+
+TokenStream TextRun::read(const Tokenizer& tokenizer, const ModelConfig& config) const {
+  const int64_t wanted = max_tokens > 0 ? max_tokens + 1 : 0;  // the first one is not scored
+  return read_stream({data.begin(), data.end()}, tokenizer, config.separator(), config.vocab_size,
+                     wanted);
+}
+
+EvaluationOptions TextRun::evaluation(const ModelConfig& config, FfnMode mode) const {
+  EvaluationOptions options;
+  options.ffn = mode;
+  options.context = context > 0 ? context : std::min<int64_t>(config.max_position_embeddings, 2048);
+  options.batch = batch;
+  options.max_tokens = max_tokens;
+  return options;
 }
 
 }  // namespace twell::app

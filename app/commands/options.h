@@ -4,9 +4,15 @@
 #include <torch/torch.h>
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <string>
+#include <vector>
 
+#include "app/data/tokens.h"
+#include "app/hf/config.h"
+#include "app/hf/tokenizer.h"
 #include "app/model/ffn.h"
+#include "app/train/evaluate.h"
 
 namespace twell::app {
 
@@ -26,6 +32,20 @@ struct RunOptions {
   torch::Device start() const;
   FfnMode ffn_mode() const { return parse_ffn_mode(ffn); }
   torch::ScalarType scalar_type() const;
+};
+
+// The text that a model is evaluated on, and how.
+struct TextRun {
+  std::vector<std::string> data;
+  int64_t context = 0;  // 0: the model's, at most 2048
+  int64_t batch = 16;
+  int64_t max_tokens = 0;  // 0: all
+
+  // Adds --data, --context, --batch and --max-tokens.
+  void add_to(CLI::App& command);
+
+  TokenStream read(const Tokenizer& tokenizer, const ModelConfig& config) const;
+  EvaluationOptions evaluation(const ModelConfig& config, FfnMode mode) const;
 };
 
 }  // namespace twell::app

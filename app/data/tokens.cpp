@@ -76,6 +76,23 @@ void TokenStream::truncate(int64_t size) {
   halves_.resize(wide_ ? 0 : static_cast<size_t>(size));
 }
 
+std::vector<int64_t> encode_document(const Tokenizer& tokenizer, std::string_view text,
+                                     std::optional<int64_t> separator) {
+  std::vector<int64_t> ids = tokenizer.encode(text);
+  if (separator && (ids.empty() || ids.back() != *separator)) ids.push_back(*separator);
+  return ids;
+}
+
+TokenStream read_stream(const std::vector<std::filesystem::path>& paths, const Tokenizer& tokenizer,
+                        std::optional<int64_t> separator, int64_t id_limit, int64_t wanted) {
+  TokenStream stream(id_limit);
+  read_documents(paths, {}, [&](const Document& document) {
+    if (wanted > 0 && stream.size() >= wanted) return;
+    stream.append(encode_document(tokenizer, document.text, separator));
+  });
+  return stream;
+}
+
 Corpus tokenize_corpus(const std::vector<std::filesystem::path>& paths, const Tokenizer& tokenizer,
                        int64_t separator, double heldout_fraction, const TextOptions& options,
                        const std::function<void(uint64_t bytes)>& progress) {
@@ -89,9 +106,8 @@ Corpus tokenize_corpus(const std::vector<std::filesystem::path>& paths, const To
   uint64_t next_report = 0;
   corpus.report = read_documents(paths, options, [&](const Document& document) {
     const bool heldout = is_heldout(document.text, heldout_fraction);
-    std::vector<int64_t> ids = tokenizer.encode(document.text);
-    if (ids.empty() || ids.back() != separator) ids.push_back(separator);
-    (heldout ? corpus.heldout : corpus.train).append(ids);
+    (heldout ? corpus.heldout : corpus.train)
+        .append(encode_document(tokenizer, document.text, separator));
     (heldout ? corpus.heldout_documents : corpus.train_documents) += 1;
     (heldout ? corpus.heldout_bytes : corpus.train_bytes) += document.text.size();
     bytes += document.text.size();

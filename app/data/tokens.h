@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "app/data/text.h"
@@ -32,6 +34,17 @@ class TokenStream {
   std::vector<uint32_t> words_;
 };
 
+// The ids of one document, as training, evaluation and inspection all see it: its text with the
+// special tokens of the tokenizer's post-processor (a leading bos, say), ended by `separator` (the
+// model's eos), if there is one and the post-processor has not put it there already.
+std::vector<int64_t> encode_document(const Tokenizer& tokenizer, std::string_view text,
+                                     std::optional<int64_t> separator);
+
+// The documents of `paths`, each by encode_document, as one stream of ids below `id_limit` (Error
+// for others). Documents that start after the first `wanted` ids are left out (0: none are).
+TokenStream read_stream(const std::vector<std::filesystem::path>& paths, const Tokenizer& tokenizer,
+                        std::optional<int64_t> separator, int64_t id_limit, int64_t wanted = 0);
+
 // The corpus of a training run.
 struct Corpus {
   TokenStream train;
@@ -43,11 +56,10 @@ struct Corpus {
   TextReport report;
 };
 
-// Reads `paths`, splits by is_heldout and tokenizes. Each document gets the special tokens of the
-// tokenizer's post-processor (a leading bos, say) and ends with one `separator` (eos). If
-// `heldout_fraction` is above 0 but one of the parts gets no document (there are few), the last
-// such fraction of all tokens is held out instead. `progress`, if set, is called now and then with
-// the bytes read so far.
+// Reads `paths`, splits by is_heldout and tokenizes by encode_document. If `heldout_fraction` is
+// above 0 but one of the parts gets no document (there are few), the last such fraction of all
+// tokens is held out instead. `progress`, if set, is called now and then with the bytes read so
+// far.
 Corpus tokenize_corpus(const std::vector<std::filesystem::path>& paths, const Tokenizer& tokenizer,
                        int64_t separator, double heldout_fraction, const TextOptions& options = {},
                        const std::function<void(uint64_t bytes)>& progress = {});

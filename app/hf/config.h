@@ -44,6 +44,10 @@ struct ModelConfig {
   double initializer_range = 0.02;
   std::string dtype = "float32";  // "float32", "bfloat16", "float16": of the stored weights
 
+  // What ends a document in a stream of tokens: the first eos, if there is one.
+  std::optional<int64_t> separator() const {
+    return eos_token_ids.empty() ? std::nullopt : std::optional(eos_token_ids.front());
+  }
   bool qkv_bias() const { return model_type == "qwen2" || attention_bias; }
   bool o_bias() const { return model_type == "llama" && attention_bias; }
 };

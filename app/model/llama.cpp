@@ -217,6 +217,11 @@ int64_t Llama::parameter_count() const {
   return count;
 }
 
+void Llama::set_separator(int64_t id) {
+  std::erase(config_.eos_token_ids, id);
+  config_.eos_token_ids.insert(config_.eos_token_ids.begin(), id);
+}
+
 void Llama::check_mode(FfnMode mode) const {
   if (mode == FfnMode::kTwell && !is_relu()) {
     throw Error("--ffn twell needs hidden_act \"relu\"; this model's is \"" + config_.hidden_act +

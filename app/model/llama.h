@@ -73,6 +73,7 @@ class Llama {
   bool is_relu() const { return config_.hidden_act == "relu"; }
 
   const ModelConfig& config() const { return config_; }
+  void set_separator(int64_t id);  // makes `id` the first of config().eos_token_ids
   Parameters& parameters() { return parameters_; }
   const Parameters& parameters() const { return parameters_; }
   int64_t parameter_count() const;

@@ -65,7 +65,7 @@ uint64_t hash_of(const Corpus& corpus) {
   return hash;
 }
 
-// The id that separates documents.
+// The end-of-text token named `wanted`, or by one of its usual names.
 int64_t find_eos(const Tokenizer& tokenizer, const std::string& wanted) {
   if (!wanted.empty()) {
     if (const auto id = tokenizer.token_to_id(wanted)) return *id;
@@ -76,6 +76,19 @@ int64_t find_eos(const Tokenizer& tokenizer, const std::string& wanted) {
     if (const auto id = tokenizer.token_to_id(name)) return *id;
   }
   throw Error("the tokenizer has none of the usual end-of-text tokens: name yours with --eos");
+}
+
+// The id that separates documents: the one the model's config.json names, where there is a model
+// that goes with the tokenizer.
+int64_t find_separator(const TrainRun& run, const TrainOptions& o, const Tokenizer& tokenizer) {
+  const bool from_init = !o.init.empty() && o.tokenizer == o.init && o.eos.empty();
+  std::optional<int64_t> known;
+  if (run.resume) {
+    known = read_config(run.folder).separator();
+  } else if (from_init) {
+    known = read_config(o.init).separator();
+  }
+  return known ? *known : find_eos(tokenizer, o.eos);
 }
 
 // The id that starts a text; where the tokenizer has none of its own, the separator serves.
@@ -190,7 +203,7 @@ Trainer::Trainer(const TrainRun& run)
       seconds_before_(state_.seconds),
       tokenizer_(Tokenizer::load(run.resume ? folder_ / "tokenizer.json"
                                             : fs::path(state_.options.tokenizer))),
-      eos_(find_eos(tokenizer_, state_.options.eos)),
+      eos_(find_separator(run, state_.options, tokenizer_)),
       corpus_(load_corpus(state_.options, tokenizer_, eos_)),
       model_(make_model(run.resume)),
       optimizer_(model_.parameters(),
@@ -238,6 +251,7 @@ Llama Trainer::make_model(bool resume) {
                 " embeddings, too few for a tokenizer with " +
                 std::to_string(tokenizer_.id_limit()) + " ids");
   }
+  model.set_separator(eos_);  // evaluation must cut the text as training does
   for (auto& [name, value] : model.parameters()) value.requires_grad_(true);
   return model;
 }

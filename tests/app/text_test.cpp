@@ -218,6 +218,33 @@ TEST_F(CorpusTest, KeepsTheTokenizersOwnEos) {
   EXPECT_EQ(corpus.train[corpus.train.size() - 1], eos);
 }
 
+TEST_F(CorpusTest, ReadsTheSameTokensWithoutASplit) {
+  for (int i = 0; i < 20; ++i) put(folder_ / std::to_string(i), std::string(i, 'x') + " y");
+  for (const char* name : {"gpt2", "llama3"}) {  // without and with a template
+    const Tokenizer tokenizer = Tokenizer::load(fixtures() / "tokenizers" / name);
+    const int64_t eos = *tokenizer.token_to_id("<|eos|>");
+    const TokenStream all = tokenize_corpus({folder_.path()}, tokenizer, eos, 0).train;
+    const TokenStream stream = read_stream({folder_.path()}, tokenizer, eos, tokenizer.id_limit());
+    ASSERT_EQ(stream.size(), all.size());
+    for (int64_t i = 0; i < all.size(); ++i) ASSERT_EQ(stream[i], all[i]) << name << " " << i;
+
+    // `wanted` keeps whole documents, and at least so many ids.
+    for (const int64_t wanted : {int64_t{1}, all.size() / 2, all.size(), 2 * all.size()}) {
+      const TokenStream part =
+          read_stream({folder_.path()}, tokenizer, eos, tokenizer.id_limit(), wanted);
+      EXPECT_GE(part.size(), std::min(wanted, all.size()));
+      EXPECT_EQ(part[part.size() - 1], eos);
+      if (wanted == 1) {
+        EXPECT_LT(part.size(), all.size() / 2);
+      }
+    }
+    EXPECT_ERROR(read_stream({folder_.path()}, tokenizer, eos, 1), "outside [0, 1)");
+  }
+  const auto ids = tokenizer_.encode("text");
+  EXPECT_EQ(encode_document(tokenizer_, "text", std::nullopt), ids);  // a model without eos
+  EXPECT_EQ(encode_document(tokenizer_, "", eos_), std::vector<int64_t>{eos_});
+}
+
 TEST(TokenStream, StoresNarrowAndWideIds) {
   for (const int64_t limit : {int64_t{1}, int64_t{65536}, int64_t{65537}, int64_t{1} << 32}) {
     TokenStream stream(limit);

@@ -45,19 +45,23 @@ def write_text(folder: Path, files: int = 30) -> Path:
     return folder
 
 
-def write_tokenizer(path: Path, text: Path, size: int = 384) -> Path:
-    """A byte-level BPE tokenizer trained on the files of `text`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def write_tokenizer(path: Path, text: Path, size: int = 384, bos: bool = False) -> Path:
+    """A byte-level BPE tokenizer trained on `text`; with `bos`, its template starts with one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", *(["<|bos|>"] if bos else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train([str(file) for file in sorted(text.iterdir())], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.token_to_id("<|bos|>"))]
+        )
     tokenizer.save(str(path))
     return path

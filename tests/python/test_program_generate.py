@@ -20,6 +20,13 @@ def tokenizer(tmp_path_factory):
     return write_tokenizer(folder / "tokenizer.json", write_text(folder / "text"))
 
 
+@pytest.fixture(scope="module")
+def llama_tokenizer(tmp_path_factory):
+    """As Llama's, it starts a text with a bos token; Qwen2's does not."""
+    folder = tmp_path_factory.mktemp("llama_tokenizer")
+    return write_tokenizer(folder / "tokenizer.json", write_text(folder / "text"), bos=True)
+
+
 def encode(tokenizer, text):
     return Tokenizer.from_file(str(tokenizer)).encode(text).ids
 
@@ -57,7 +64,10 @@ def write_model(folder, tokenizer, kind="llama", tied=False, activation="relu", 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_logits_equal_transformers(tmp_path, tokenizer, kind, tied, activation):
+def test_logits_equal_transformers(
+    tmp_path, tokenizer, llama_tokenizer, kind, tied, activation
+):
+    tokenizer = llama_tokenizer if kind == "llama" else tokenizer
     model = write_model(tmp_path, tokenizer, kind, tied, activation)
     data = tmp_path / "data.txt"
     data.write_text(TEXT)

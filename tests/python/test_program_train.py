@@ -100,6 +100,40 @@ def test_dense_and_twell_evaluate_alike(trained, inputs):
     assert reports[1]["ffn_per_layer"] == ["sparse", "sparse"]
 
 
+def is_heldout(text, share):
+    """FNV-1a, finished by MurmurHash3's mixer, as a share of 2^53: app/data/text.h."""
+    value, mask = 0xCBF29CE484222325, 2**64 - 1
+    for byte in text.encode():
+        value = (value ^ byte) * 0x100000001B3 & mask
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        value = (value ^ value >> 33) * factor & mask
+    return ((value ^ value >> 33) >> 11) * 2.0**-53 < share
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_evaluation_sees_the_tokens_that_training_held_out(tmp_path, bos):
+    """Also where the tokenizer's template starts each document with a token."""
+    text, heldout, run = write_text(tmp_path / "text"), tmp_path / "heldout", tmp_path / "run"
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json", text, bos=bos)
+    heldout.mkdir()
+    for file in text.iterdir():
+        if is_heldout(file.read_text(), 0.2):
+            (heldout / file.name).write_bytes(file.read_bytes())
+    data = ["--data", text, "--tokenizer", tokenizer, "--out", run, "--ffn", "dense"]
+    run_options = ["--steps", 8, "--batch", 4, "--heldout", 0.2, "--target-active", "10%"]
+    summary = twell_json("train", *data, *MODEL, *run_options)
+    logits = tmp_path / "logits.safetensors"
+    report = twell_json(
+        "eval", "--model", run, "--data", heldout, "--ffn", "dense", "--context", 32,
+        "--batch", 4, "--save-logits", logits,
+    )  # fmt: skip
+    assert report["tokens"] == summary["heldout_tokens"]
+    assert math.isclose(report["loss"], summary["heldout_loss"], rel_tol=1e-4)
+    first = load_file(logits)["tokens"][0].item()
+    ids = json.loads((run / "tokenizer.json").read_text())["added_tokens"]
+    assert (first == {token["content"]: token["id"] for token in ids}.get("<|bos|>")) == bos
+
+
 def start(*arguments):
     command = [str(PROGRAM), *map(str, arguments), "--threads", "1"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
