@@ -9,6 +9,7 @@
 #include <string>
 
 #include "app/commands/bench.h"
+#include "app/commands/compact.h"
 #include "app/commands/eval.h"
 #include "app/commands/generate.h"
 #include "app/commands/inspect.h"
@@ -33,6 +34,7 @@ int main(int argc, char** argv) {
   twell::app::add_generate_command(app);
   twell::app::add_bench_command(app);
   twell::app::add_inspect_command(app);
+  twell::app::add_compact_command(app);
   try {
     app.parse(argc, argv);  // runs the subcommand's callback
     if (app.get_subcommands().empty()) {

@@ -75,7 +75,7 @@ Evaluation evaluate(Llama& model, const TokenStream& stream, const EvaluationOpt
   for (const Tensor& counts : activity) {
     if (!counts.defined()) continue;
     result.layers.push_back({counts.sum().item<double>() / static_cast<double>(result.tokens),
-                             counts.eq(0).sum().item<int64_t>()});
+                             counts.eq(0).sum().item<int64_t>(), counts});
   }
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;

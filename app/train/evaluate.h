@@ -11,8 +11,9 @@
 namespace twell::app {
 
 struct LayerActivity {
-  double active = 0;   // mean active neurons per token
-  int64_t silent = 0;  // neurons that were never active
+  double active = 0;     // mean active neurons per token
+  int64_t silent = 0;    // neurons that were never active
+  torch::Tensor counts;  // [neurons] int64: tokens for which the neuron was active
 };
 
 struct Evaluation {
