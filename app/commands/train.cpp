@@ -112,12 +112,15 @@ void add_train_command(CLI::App& app) {
          add("--weight-decay", o.weight_decay, "Decoupled weight decay of the matrices"),
          add("--clip", o.clip, "Greatest norm of the gradient (0: any)"),
          add("--seed", o.seed, "Seed of weights and data order")});
-  group("Sparsity",
-        {add("--target-active", o.target_active,
-             "Active neurons per token to steer to: a number, or a share such as 4% (0: keep "
-             "lambda fixed)"),
-         add("--lambda", o.lambda, "Coefficient of the L1 term after its warm-up"),
-         add("--arrival", o.arrival, "When the target is reached, as a share of the run")});
+  group(
+      "Sparsity",
+      {add("--target-active", o.target_active,
+           "Active neurons per token to steer to: a number, or a share such as 4% (0: keep "
+           "lambda fixed)"),
+       add("--lambda", o.lambda, "Coefficient of the L1 term after its warm-up"),
+       add("--arrival", o.arrival, "When the target is reached, as a share of the run"),
+       add("--revive-after", o.revive_after,
+           "Draw the gate row of a neuron anew that has not fired for so many steps (0: never)")});
   group("Records", {add("--log-every", o.log_every, "Steps between lines of metrics"),
                     add("--eval-every", o.eval_every, "Steps between held-out evaluations"),
                     add("--eval-tokens", o.eval_tokens, "Tokens of such an evaluation"),

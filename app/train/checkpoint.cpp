@@ -13,14 +13,16 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(L1Controller, target, initial, warmup, arriva
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(FfnDensity, active, tile_union)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(FfnChooser, calls, density)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, controller, choosers,
-                                   corpus_hash)
+                                   revived, corpus_hash)
 
 namespace {
 
-constexpr const char* kFormat = "twell-training-1";
+constexpr const char* kFormat = "twell-training-2";
 
-std::map<std::string, torch::Tensor> all_tensors(const Llama& model, const AdamW& optimizer) {
+std::map<std::string, torch::Tensor> all_tensors(const Llama& model, const AdamW& optimizer,
+                                                 const Revival& revival) {
   std::map<std::string, torch::Tensor> tensors = optimizer.state();
+  tensors["idle"] = revival.idle();
   for (const auto& [name, value] : model.parameters()) tensors[name] = value.detach();
   return tensors;
 }
@@ -32,8 +34,8 @@ std::filesystem::path checkpoint_path(const std::filesystem::path& folder) {
 }
 
 void save_checkpoint(const std::filesystem::path& folder, const TrainingState& state,
-                     const Llama& model, const AdamW& optimizer) {
-  write_safetensors(checkpoint_path(folder), all_tensors(model, optimizer),
+                     const Llama& model, const AdamW& optimizer, const Revival& revival) {
+  write_safetensors(checkpoint_path(folder), all_tensors(model, optimizer, revival),
                     {{"format", kFormat}, {"state", nlohmann::json(state).dump()}});
 }
 
@@ -57,13 +59,13 @@ TrainingState read_checkpoint_state(const std::filesystem::path& folder) {
 }
 
 void read_checkpoint_tensors(const std::filesystem::path& folder, const TrainingState& state,
-                             Llama& model, AdamW& optimizer) {
+                             Llama& model, AdamW& optimizer, Revival& revival) {
   const torch::NoGradGuard no_grad;
   const Safetensors file = Safetensors::open(checkpoint_path(folder));
-  for (auto& [name, target] : all_tensors(model, optimizer)) {
+  for (auto& [name, target] : all_tensors(model, optimizer, revival)) {
     const auto found = file.tensors().find(name);
     if (found == file.tensors().end() || target.sizes() != found->second.shape ||
-        found->second.dtype != torch::kFloat32) {
+        found->second.dtype != target.scalar_type()) {
       throw Error(checkpoint_path(folder).string() + ": tensor '" + name +
                   "' is missing or does not fit " + (folder / "config.json").string());
     }

@@ -1,7 +1,7 @@
 #pragma once
 // What a training run needs to go on as if it had never stopped, in one file that is replaced
-// atomically: DIR/checkpoint.safetensors, with the weights and the optimizer's moments as tensors
-// and the rest as JSON in its metadata.
+// atomically: DIR/checkpoint.safetensors, with the weights, the optimizer's moments and the idle
+// counters of the neurons as tensors, and the rest as JSON in its metadata.
 
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -10,6 +10,7 @@
 #include "app/model/llama.h"
 #include "app/train/optimizer.h"
 #include "app/train/options.h"
+#include "app/train/revival.h"
 #include "app/train/schedule.h"
 
 namespace twell::app {
@@ -20,19 +21,20 @@ struct TrainingState {
   double seconds = 0;  // spent until then
   L1Controller controller;
   std::vector<FfnChooser> choosers;
+  int64_t revived = 0;       // neurons so far
   uint64_t corpus_hash = 0;  // of the tokens; the step alone then gives the position in them
 };
 
 std::filesystem::path checkpoint_path(const std::filesystem::path& folder);
 
 void save_checkpoint(const std::filesystem::path& folder, const TrainingState& state,
-                     const Llama& model, const AdamW& optimizer);
+                     const Llama& model, const AdamW& optimizer, const Revival& revival);
 
 // The state alone. Errors: no checkpoint; not one of ours.
 TrainingState read_checkpoint_state(const std::filesystem::path& folder);
 
-// Copies the tensors into `model` and `optimizer`, whose shapes must fit.
+// Copies the tensors into `model`, `optimizer` and `revival`, whose shapes must fit.
 void read_checkpoint_tensors(const std::filesystem::path& folder, const TrainingState& state,
-                             Llama& model, AdamW& optimizer);
+                             Llama& model, AdamW& optimizer, Revival& revival);
 
 }  // namespace twell::app

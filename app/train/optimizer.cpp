@@ -46,6 +46,16 @@ double AdamW::step(double learning_rate) {
   return norm;
 }
 
+void AdamW::forget_rows(const std::string& name, const Tensor& rows) {
+  for (Group& group : groups_) {
+    for (size_t i = 0; i < group.names.size(); ++i) {
+      if (group.names[i] != name) continue;
+      group.m[i].index_fill_(0, rows, 0);
+      group.v[i].index_fill_(0, rows, 0);
+    }
+  }
+}
+
 std::map<std::string, Tensor> AdamW::state() const {
   std::map<std::string, Tensor> state;
   for (const Group& group : groups_) {

@@ -26,6 +26,10 @@ class AdamW {
   // global norm before clipping; if that is not finite nothing is updated.
   double step(double learning_rate);
 
+  // Zeroes the moments of the slices `rows` (int64) along the first dimension of the parameter
+  // `name`.
+  void forget_rows(const std::string& name, const torch::Tensor& rows);
+
   // The moments by parameter name, under "adam.m." and "adam.v.": they share memory with this.
   std::map<std::string, torch::Tensor> state() const;
   int64_t steps() const { return steps_; }

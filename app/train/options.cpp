@@ -53,6 +53,7 @@ void validate(const TrainOptions& o) {
   check<double>("--clip", o.clip, 0, 1e9);
   check<double>("--lambda", o.lambda, 0, 1e3);
   check<double>("--arrival", o.arrival, o.warmup + 1e-6, 1);
+  check<int64_t>("--revive-after", o.revive_after, 0, int64_t{1} << 30);
   check<int64_t>("--log-every", o.log_every, 1, kMost);
   check<int64_t>("--eval-every", o.eval_every, 1, kMost);
   check<int64_t>("--eval-tokens", o.eval_tokens, 1, kMost);

@@ -36,6 +36,7 @@ struct TrainOptions {
   std::string target_active = "4%";  // neurons, or with % a share of them; 0: λ is not steered
   double lambda = 1e-4;              // λ at the end of its warm-up
   double arrival = 0.5;              // when the target is to be reached, as a share of the run
+  int64_t revive_after = 0;          // steps without firing until a neuron is revived; 0: never
   std::string ffn = "auto";
 
   int64_t log_every = 10;
@@ -47,8 +48,8 @@ struct TrainOptions {
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainOptions, data, heldout, tokenizer, eos, init, layers,
                                    hidden, neurons, heads, kv_heads, context, steps, max_seconds,
                                    batch, accumulate, lr, lr_floor, warmup, weight_decay, clip,
-                                   seed, target_active, lambda, arrival, ffn, log_every, eval_every,
-                                   eval_tokens, checkpoint_every)
+                                   seed, target_active, lambda, arrival, revive_after, ffn,
+                                   log_every, eval_every, eval_tokens, checkpoint_every)
 
 // "52" or "4%" as a number of the layer's neurons. Error if it is neither, or not in [0, neurons].
 double parse_target_active(const std::string& text, int64_t neurons);

@@ -16,6 +16,7 @@
 #include "app/train/loss.h"
 #include "app/train/metrics.h"
 #include "app/train/optimizer.h"
+#include "app/train/revival.h"
 #include "app/train/schedule.h"
 #include "app/util/atomic_file.h"
 #include "app/util/file.h"
@@ -137,8 +138,12 @@ struct Window {
   double loss = 0, l1 = 0, gradient_norm = 0;
   int64_t steps = 0, tokens = 0;
   std::vector<Tensor> activity;  // per layer [neurons] int64
+  std::vector<int64_t> revived;  // per layer
   std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 };
+
+// sum += value, where an undefined sum is zero.
+void add(Tensor& sum, const Tensor& value) { sum = sum.defined() ? sum + value : value; }
 
 class Trainer {
  public:
@@ -166,6 +171,7 @@ class Trainer {
   Corpus corpus_;
   Llama model_;
   AdamW optimizer_;
+  Revival revival_;
   BatchSampler sampler_;
   Metrics metrics_;
   Window window_;
@@ -208,6 +214,7 @@ Trainer::Trainer(const TrainRun& run)
       model_(make_model(run.resume)),
       optimizer_(model_.parameters(),
                  {.weight_decay = state_.options.weight_decay, .clip = state_.options.clip}),
+      revival_(state_.options.revive_after, state_.options.seed, model_),
       sampler_(corpus_.train, state_.options.batch, state_.options.context, state_.options.seed),
       metrics_((fs::create_directories(folder_), folder_ / "metrics.jsonl"),
                run.resume ? state_.step : -1) {
@@ -218,7 +225,7 @@ Trainer::Trainer(const TrainRun& run)
       throw Error("the training data has changed since " + checkpoint_path(folder_).string() +
                   " was written; a run can be resumed on the same data only");
     }
-    read_checkpoint_tensors(folder_, state_, model_, optimizer_);
+    read_checkpoint_tensors(folder_, state_, model_, optimizer_, revival_);
   } else {
     state_.corpus_hash = hash;
     state_.controller.target =
@@ -276,8 +283,11 @@ bool Trainer::finished() const {
 void Trainer::step() {
   const TrainOptions& o = state_.options;
   const auto layers = static_cast<size_t>(model_.config().num_hidden_layers);
-  double active = 0;
-  window_.activity.resize(layers);
+  const double parts = static_cast<double>(o.accumulate);
+  std::vector<Tensor> activity(layers);  // per layer [neurons] int64
+  // Over parts: cross entropy, mean Σ|h|, active (token, neuron) pairs. Read once, at the end.
+  Tensor totals = torch::zeros({3}, torch::TensorOptions(device_).dtype(torch::kFloat64));
+  int64_t rows = 0;
   for (int64_t part = 0; part < o.accumulate; ++part) {
     const Tensor tokens = sampler_.batch(state_.step * o.accumulate + part).to(device_);
     const Tensor targets = tokens.narrow(1, 1, o.context).reshape({-1});
@@ -290,30 +300,43 @@ void Trainer::step() {
         linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model_.head(), targets);
     Tensor l1 = torch::zeros({}, loss.options());
     for (const FfnOutput& ffn : ffns) l1 = l1 + ffn.l1;
-    const double rows = static_cast<double>(layers) * static_cast<double>(targets.size(0));
-    l1 = l1 / rows;  // mean over layers and tokens of Σ|h|
-    ((loss + state_.controller.lambda * l1) / static_cast<double>(o.accumulate)).backward();
+    // The mean over layers and tokens of Σ|h|.
+    l1 = l1 / (static_cast<double>(layers) * static_cast<double>(targets.size(0)));
+    ((loss + state_.controller.lambda * l1) / parts).backward();
 
+    Tensor l0 = torch::zeros({}, totals.options());
     paths_.clear();
     for (size_t layer = 0; layer < layers; ++layer) {
-      const Tensor counts = ffns[layer].activity.to(torch::kInt64);
-      Tensor& sum = window_.activity[layer];
-      sum = sum.defined() ? sum + counts : counts;
-      active += ffns[layer].l0.item<double>() / rows / static_cast<double>(o.accumulate);
+      add(activity[layer], ffns[layer].activity.to(torch::kInt64));
+      l0 = l0 + ffns[layer].l0;
       paths_.push_back(ffns[layer].path);
     }
-    window_.loss += loss.item<double>() / static_cast<double>(o.accumulate);
-    window_.l1 += l1.item<double>() / static_cast<double>(o.accumulate);
-    window_.tokens += targets.size(0);
+    totals +=
+        torch::stack({loss.detach().to(torch::kFloat64), l1.detach().to(torch::kFloat64), l0});
+    rows += targets.size(0);
   }
   const double norm = optimizer_.step(o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor));
   if (!std::isfinite(norm)) {
     throw Error("training diverged: the gradient of step " + std::to_string(state_.step + 1) +
                 " is not finite; start again with a lower --lr than " + Json(o.lr).dump());
   }
+  ++state_.step;
+  const std::vector<int64_t> revived = revival_.step(state_.step, activity, model_, optimizer_);
+  totals = totals.cpu();  // the step's only wait for the device but the gradient's norm
+  window_.loss += totals[0].item<double>() / parts;
+  window_.l1 += totals[1].item<double>() / parts;
+  const double active =
+      totals[2].item<double>() / (static_cast<double>(layers) * static_cast<double>(rows));
+  window_.tokens += rows;
   window_.gradient_norm += norm;
   ++window_.steps;
-  ++state_.step;
+  window_.activity.resize(layers);
+  window_.revived.resize(layers);
+  for (size_t layer = 0; layer < layers; ++layer) {
+    add(window_.activity[layer], activity[layer]);
+    window_.revived[layer] += revived[layer];
+    state_.revived += revived[layer];
+  }
   state_.seconds = seconds();
   progress_ = progress();
   state_.controller.update(active, progress_);
@@ -355,6 +378,7 @@ void Trainer::log(bool with_heldout) {
                {"share", mean / neurons},
                {"active_per_layer", active},
                {"silent_per_layer", silent},
+               {"revived_per_layer", window_.revived},
                {"ffn_per_layer", paths},
                {"lambda", state_.controller.lambda},
                {"lr", o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor)},
@@ -370,7 +394,7 @@ void Trainer::log(bool with_heldout) {
 void Trainer::save() {
   metrics_.flush_to_disk();
   state_.choosers = model_.choosers();
-  save_checkpoint(folder_, state_, model_, optimizer_);
+  save_checkpoint(folder_, state_, model_, optimizer_, revival_);
 }
 
 Json Trainer::run() {
@@ -444,6 +468,7 @@ Json Trainer::summary() {
           {"target_active", state_.controller.target},
           {"active_per_layer", active},
           {"silent_per_layer", silent},
+          {"revived", state_.revived},
           {"lambda", state_.controller.lambda},
           {"train_seconds", seconds()}};
 }

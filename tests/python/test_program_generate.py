@@ -64,9 +64,7 @@ def write_model(folder, tokenizer, kind="llama", tied=False, activation="relu", 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_logits_equal_transformers(
-    tmp_path, tokenizer, llama_tokenizer, kind, tied, activation
-):
+def test_logits_equal_transformers(tmp_path, tokenizer, llama_tokenizer, kind, tied, activation):
     tokenizer = llama_tokenizer if kind == "llama" else tokenizer
     model = write_model(tmp_path, tokenizer, kind, tied, activation)
     data = tmp_path / "data.txt"

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from program import (
     write_text,
     write_tokenizer,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytestmark = needs_program
 
@@ -163,6 +164,55 @@ def test_kill_at_random_moments_resumes_to_the_same_bits(trained, inputs, tmp_pa
     steps = [line["step"] for line in metrics(folder)]
     assert steps == [line["step"] for line in metrics(whole)]
     assert metrics(folder)[-1]["heldout_loss"] == metrics(whole)[-1]["heldout_loss"]
+
+
+@pytest.fixture(scope="module")
+def dead(trained, tmp_path_factory):
+    """The trained model with a second layer that cannot fire."""
+    folder = tmp_path_factory.mktemp("dead") / "model"
+    shutil.copytree(trained[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_dead_layer_recovers_only_by_revival(dead, inputs, tmp_path):
+    summaries = {}
+    for after in (0, 6):
+        out = tmp_path / str(after)
+        run = ["--init", dead, "--out", out, *RUN, "--context", 32, "--steps", 40]
+        summaries[after] = twell_json("train", *inputs[:2], *run, "--revive-after", after)
+        lines = metrics(out)
+        assert lines[0]["silent_per_layer"][1] == 128  # steps 1 to 5
+        assert sum(sum(line["revived_per_layer"]) for line in lines) == summaries[after]["revived"]
+        if after:
+            assert lines[0]["revived_per_layer"][1] == 0
+            assert lines[1]["revived_per_layer"][1] == 128  # all of them at step 6
+    assert summaries[0]["revived"] == 0 and summaries[0]["silent_per_layer"][1] == 128
+    assert summaries[6]["revived"] >= 128 and summaries[6]["silent_per_layer"][1] < 64
+    assert summaries[6]["active_per_layer"][1] > 1
+
+
+def test_revival_survives_kills_to_the_same_bits(dead, inputs, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "broken"
+    options = [*inputs[:2], "--init", dead, *RUN, "--context", 32, *STEPS, "--revive-after", 9]
+    assert twell_json("train", *options, "--out", whole)["revived"] >= 128
+    process = start("train", *options, "--out", folder)
+    moments = random.Random(7)
+    for _ in range(4):
+        wait_for_checkpoint(process, folder)
+        time.sleep(moments.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        process = start("train", "--resume", "--out", folder)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    summary, other = (json.loads((f / "summary.json").read_text()) for f in (whole, folder))
+    assert summary["revived"] == other["revived"]
+    counters = [load_file(f / "checkpoint.safetensors")["idle"] for f in (whole, folder)]
+    assert torch.equal(*counters) and counters[0].shape == (2, 128)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
