@@ -105,7 +105,12 @@ void add_train_command(CLI::App& app) {
              "Stop after this time, reading of the data included; without --steps the schedules "
              "follow it (0: no limit)"),
          add("--batch", o.batch, "Windows of a batch"),
-         add("--accumulate", o.accumulate, "Batches of a step"),
+         add("--accumulate", o.accumulate,
+             "Batches of a step, one after the other: the gradient of a batch so many times as "
+             "large, in the memory of one"),
+         command.add_flag("--checkpoint-activations", o.checkpoint_activations,
+                          "Keep only each layer's input for backward and compute the layer again "
+                          "there: the same bits, less memory, more time"),
          add("--lr", o.lr, "Peak learning rate"),
          add("--lr-floor", o.lr_floor, "Learning rate at the end, as a share of the peak"),
          add("--warmup", o.warmup, "Warm-up of learning rate and lambda, as a share of the run"),

@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <numbers>
 #include <utility>
 
 #include "app/error.h"
 #include "app/hf/safetensors.h"
+#include "app/model/recompute.h"
 #include "app/model/rms_norm.h"
 
 namespace twell::app {
@@ -287,19 +289,58 @@ Tensor Llama::attention(int layer, const Tensor& x, KvCache* cache, int64_t posi
   return project(mixed, "o", config_.o_bias());
 }
 
-Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& options) {
+Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& options,
+                           std::optional<FfnPath> path) {
   const Tensor flat = x.reshape({-1, config_.hidden_size}).contiguous();  // [tokens, hidden]
   const FfnWeights weights = ffn_weights(layer);
   if (options.on_ffn) options.on_ffn(layer, flat, weights);
   if (!is_relu()) return silu_ffn(flat, weights).view_as(x);
-  FfnChooser& chooser = choosers_[static_cast<size_t>(layer)];
-  const bool in_slot = options.cache != nullptr && options.cache->slot.defined();
-  if (!in_slot) chooser.observe(flat.detach(), weights, options.ffn);
-  const FfnPath path = chooser.choose(flat, weights, options.ffn, torch::GradMode::is_enabled());
-  FfnOutput out = relu_ffn(flat, weights, path);
+  if (!path) {
+    FfnChooser& chooser = choosers_[static_cast<size_t>(layer)];
+    const bool in_slot = options.cache != nullptr && options.cache->slot.defined();
+    if (!in_slot) chooser.observe(flat.detach(), weights, options.ffn);
+    path = chooser.choose(flat, weights, options.ffn, torch::GradMode::is_enabled());
+  }
+  FfnOutput out = relu_ffn(flat, weights, *path);
   const Tensor y = std::exchange(out.y, Tensor()).view_as(x);
   if (options.ffn_outputs != nullptr) options.ffn_outputs->push_back(std::move(out));
   return y;
+}
+
+Tensor Llama::block(int layer, Tensor x, const ForwardOptions& options, int64_t position,
+                    std::optional<FfnPath> path) {
+  const auto norm = [&](const std::string& name) {
+    return rms_norm(x, parameters_.at(layer_name(layer, name)), config_.rms_norm_eps);
+  };
+  x = x + attention(layer, norm("input_layernorm.weight"), options.cache, position);
+  return x + feed_forward(layer, norm("post_attention_layernorm.weight"), options, path);
+}
+
+Tensor Llama::recomputed_block(int layer, const Tensor& x, const ForwardOptions& options) {
+  std::vector<Tensor> parameters;
+  for (const auto& [name, value] : parameters_) {
+    const bool here = name.starts_with(layer_name(layer, ""));
+    if (here && value.requires_grad()) parameters.push_back(value);
+  }
+  // What the chooser decides the first time holds for the second.
+  const auto path = std::make_shared<std::optional<FfnPath>>();
+  const auto run = [this, layer, mode = options.ffn, path](const Tensor& input) {
+    std::vector<FfnOutput> ffns;
+    ForwardOptions inner;
+    inner.ffn = mode;
+    inner.ffn_outputs = &ffns;
+    torch::autograd::variable_list outputs = {block(layer, input, inner, 0, *path)};
+    if (!ffns.empty()) {
+      *path = ffns[0].path;
+      outputs.insert(outputs.end(), {ffns[0].l1, ffns[0].l0, ffns[0].activity});
+    }
+    return outputs;
+  };
+  const torch::autograd::variable_list outputs = recompute(run, x, parameters);
+  if (options.ffn_outputs != nullptr && path->has_value()) {
+    options.ffn_outputs->push_back({Tensor(), outputs[1], outputs[2], outputs[3], **path});
+  }
+  return outputs[0];
 }
 
 Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
@@ -307,6 +348,7 @@ Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
   const int64_t position = options.cache != nullptr ? options.cache->length : 0;
   const int64_t end = position + tokens.size(1);
   if (options.cache != nullptr) {
+    if (options.recompute) throw Error("a cache and recomputation exclude each other");
     if (end > options.cache->max_length) {
       throw Error("the cache holds " + std::to_string(options.cache->max_length) + " tokens, and " +
                   std::to_string(end) + " were given");
@@ -315,18 +357,13 @@ Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
     options.cache->values.resize(choosers_.size());
   }
   reserve_positions(end);
-  const auto norm = [&](const Tensor& x, const std::string& name) {
-    return rms_norm(x, parameters_.at(name), config_.rms_norm_eps);
-  };
+  const bool again = options.recompute && torch::GradMode::is_enabled();
   Tensor x = torch::embedding(parameters_.at(kEmbedding), tokens).to(compute_);
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    x = x + attention(layer, norm(x, layer_name(layer, "input_layernorm.weight")), options.cache,
-                      position);
-    x = x +
-        feed_forward(layer, norm(x, layer_name(layer, "post_attention_layernorm.weight")), options);
+    x = again ? recomputed_block(layer, x, options) : block(layer, x, options, position);
   }
   if (options.cache != nullptr && !options.cache->slot.defined()) options.cache->length = end;
-  return norm(x, kFinalNorm);
+  return rms_norm(x, parameters_.at(kFinalNorm), config_.rms_norm_eps);
 }
 
 }  // namespace twell::app

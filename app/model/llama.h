@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,10 @@ struct ForwardOptions {
   FfnMode ffn = FfnMode::kDense;
   KvCache* cache = nullptr;                       // attended to and extended by this call's tokens
   std::vector<FfnOutput>* ffn_outputs = nullptr;  // one per layer, without y (ReLU models only)
+  // Keep only the input of each layer for backward and compute the layer again there: the same bits
+  // from less memory. The model must then stay where it is, and as it is, until backward. Without
+  // gradients it means nothing.
+  bool recompute = false;
   // Called before each layer's FFN with its input [tokens, hidden] and its weights.
   std::function<void(int layer, const torch::Tensor& x, const FfnWeights& weights)> on_ffn;
 };
@@ -85,7 +90,12 @@ class Llama {
   torch::Tensor weight(const std::string& name) const;  // in the compute dtype
   void reserve_positions(int64_t count);
   torch::Tensor attention(int layer, const torch::Tensor& x, KvCache* cache, int64_t position);
-  torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options);
+  // `path`, if given, is what the FFN must run; otherwise the layer's chooser decides.
+  torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options,
+                             std::optional<FfnPath> path);
+  torch::Tensor block(int layer, torch::Tensor x, const ForwardOptions& options, int64_t position,
+                      std::optional<FfnPath> path = std::nullopt);
+  torch::Tensor recomputed_block(int layer, const torch::Tensor& x, const ForwardOptions& options);
 
   ModelConfig config_;
   torch::ScalarType compute_;

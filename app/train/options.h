@@ -22,10 +22,11 @@ struct TrainOptions {
   int64_t kv_heads = 4;
   int64_t context = 256;
 
-  int64_t steps = 0;       // 0: as many as fit into max_seconds
-  double max_seconds = 0;  // 0: as long as `steps` take
-  int64_t batch = 16;      // windows of `context` tokens at a time
-  int64_t accumulate = 1;  // batches per step
+  int64_t steps = 0;                    // 0: as many as fit into max_seconds
+  double max_seconds = 0;               // 0: as long as `steps` take
+  int64_t batch = 16;                   // windows of `context` tokens at a time
+  int64_t accumulate = 1;               // batches per step
+  bool checkpoint_activations = false;  // keep only the layers' inputs for backward
   double lr = 3e-3;
   double lr_floor = 0.1;  // of lr, at the end
   double warmup = 0.05;   // of the run
@@ -47,9 +48,10 @@ struct TrainOptions {
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainOptions, data, heldout, tokenizer, eos, init, layers,
                                    hidden, neurons, heads, kv_heads, context, steps, max_seconds,
-                                   batch, accumulate, lr, lr_floor, warmup, weight_decay, clip,
-                                   seed, target_active, lambda, arrival, revive_after, ffn,
-                                   log_every, eval_every, eval_tokens, checkpoint_every)
+                                   batch, accumulate, checkpoint_activations, lr, lr_floor, warmup,
+                                   weight_decay, clip, seed, target_active, lambda, arrival,
+                                   revive_after, ffn, log_every, eval_every, eval_tokens,
+                                   checkpoint_every)
 
 // "52" or "4%" as a number of the layer's neurons. Error if it is neither, or not in [0, neurons].
 double parse_target_active(const std::string& text, int64_t neurons);

@@ -295,6 +295,7 @@ void Trainer::step() {
     ForwardOptions forward;
     forward.ffn = parse_ffn_mode(o.ffn);
     forward.ffn_outputs = &ffns;
+    forward.recompute = o.checkpoint_activations;
     const Tensor hidden = model_.forward(tokens.narrow(1, 0, o.context), forward);
     const Tensor loss =
         linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model_.head(), targets);

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,51 @@ def test_revival_survives_kills_to_the_same_bits(dead, inputs, tmp_path):
     assert summary["revived"] == other["revived"]
     counters = [load_file(f / "checkpoint.safetensors")["idle"] for f in (whole, folder)]
     assert torch.equal(*counters) and counters[0].shape == (2, 128)
+
+
+def test_accumulation_is_a_larger_batch(inputs, tmp_path):
+    """The same windows in the same steps: what differs is the rounding of bf16 products alone."""
+    options = ["--heldout", 0.2, "--target-active", "10%", "--steps", 4, "--log-every", 1]
+    runs = {}
+    for batch, parts in ((8, 1), (4, 2), (2, 4)):
+        out = tmp_path / str(parts)
+        split = ["--batch", batch, "--accumulate", parts]
+        twell("train", *inputs, "--out", out, *MODEL, *options, *split)
+        runs[parts] = metrics(out)
+    for parts in (2, 4):
+        for ours, whole in zip(runs[parts], runs[1], strict=True):
+            assert ours["tokens"] == whole["tokens"]
+            first = ours["step"] == 1
+            for name, tolerance in (("loss", 1e-6), ("gradient_norm", 5e-3), ("active", 1e-3)):
+                limit = tolerance if first else 1e-2
+                assert math.isclose(ours[name], whole[name], rel_tol=limit), (parts, name)
+
+
+def peak_memory(*arguments):
+    """Greatest resident bytes of `twell arguments…`, as last seen before its end."""
+    with start(*arguments) as process:
+        peak = 0
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+            peak = int(lines[0].split()[1]) * 1024 if lines else peak  # none: it is ending
+            time.sleep(0.005)
+        assert process.returncode == 0, process.stderr.read()
+    return peak
+
+
+def test_checkpointed_activations_save_memory_and_change_no_bit(inputs, tmp_path):
+    layers, neurons, tokens = 8, 512, 16 * 256
+    shape = ["--layers", layers, "--hidden", 32, "--neurons", neurons, "--heads", 2]
+    shape += ["--kv-heads", 1, "--context", 256, "--batch", 16, "--heldout", 0.2]
+    peaks = {}
+    for name, flags in (("kept", []), ("dropped", ["--checkpoint-activations"])):
+        out = ["--out", tmp_path / name, "--steps", 3, "--eval-tokens", 256, *flags]
+        peaks[name] = peak_memory("train", *inputs, *out, *shape, "--ffn", "dense")
+    kept, dropped = ((tmp_path / name / "model.safetensors").read_bytes() for name in peaks)
+    assert kept == dropped
+    saved = 3 * tokens * neurons * 2  # g, u and h of a layer, bf16
+    assert peaks["kept"] - peaks["dropped"] > (layers - 2) * saved / 2, peaks
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
