@@ -5,7 +5,6 @@
 #include <tuple>
 
 #include "app/error.h"
-#include "app/model/gated_relu.h"
 
 namespace twell::app {
 namespace {
@@ -40,7 +39,8 @@ using torch::autograd::variable_list;
 // Outputs y, l1, l0, activity. The sparse path saves twell's compact form, the dense path g, u, h.
 struct ReluFfn : torch::autograd::Function<ReluFfn> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& gate,
-                               const Tensor& up, const Tensor& down, bool sparse, bool save) {
+                               const Tensor& up, const Tensor& down, bool sparse, FfnCounts counts,
+                               bool save) {
     ctx->saved_data["sparse"] = sparse;
     ctx->set_materialize_grads(false);
     Tensor y, l1, l0, activity;
@@ -51,12 +51,15 @@ struct ReluFfn : torch::autograd::Function<ReluFfn> {
     } else {
       const Tensor g = torch::mm(x, gate.t());  // [tokens, neurons], relu'd by gated_relu
       const Tensor u = torch::mm(x, up.t());    // [tokens, neurons]
-      GatedRelu middle = gated_relu(g, u);
+      GatedRelu middle = gated_relu(g, u, counts);
       y = torch::mm(middle.h, down);
       l1 = middle.l1;
       l0 = middle.l0;
       activity = middle.activity;
       if (save) ctx->save_for_backward({x, gate, up, down, g, u, middle.h});
+    }
+    for (Tensor* count : {&l1, &l0, &activity}) {  // autograd wants every output
+      if (!count->defined()) *count = torch::empty({0}, y.options());
     }
     ctx->mark_non_differentiable({l0, activity});
     return {y, l1, l0, activity};
@@ -72,15 +75,15 @@ struct ReluFfn : torch::autograd::Function<ReluFfn> {
     if (ctx->saved_data["sparse"].toBool()) {
       const auto [dx, dg, du, dd] = call_backward(
           grad_y, grad_l1.defined() ? std::optional(grad_l1) : std::nullopt, x, w, saved[4]);
-      return {dx, dg, du, dd, none, none};
+      return {dx, dg, du, dd, none, none, none};
     }
     const Tensor grad_h = torch::mm(grad_y, w.down.t());
-    const auto [dg, du] = gated_relu_backward(
-        grad_h, grad_l1.defined() ? grad_l1.item<double>() : 0.0, saved[4], saved[5]);
+    const auto [dg, du] = gated_relu_backward(grad_h, grad_l1, saved[4], saved[5]);
     return {torch::mm(dg, w.gate).addmm_(du, w.up),
             torch::mm(dg.t(), x),
             torch::mm(du.t(), x),
             torch::mm(saved[6].t(), grad_y),
+            none,
             none,
             none};
   }
@@ -128,12 +131,12 @@ const char* name_of(FfnMode mode) {
   return "?";
 }
 
-FfnOutput relu_ffn(const Tensor& x, const FfnWeights& weights, FfnPath path) {
+FfnOutput relu_ffn(const Tensor& x, const FfnWeights& weights, FfnPath path, FfnCounts counts) {
   const bool save =
       torch::GradMode::is_enabled() && (x.requires_grad() || weights.gate.requires_grad() ||
                                         weights.up.requires_grad() || weights.down.requires_grad());
-  const variable_list out =
-      ReluFfn::apply(x, weights.gate, weights.up, weights.down, path == FfnPath::kSparse, save);
+  const variable_list out = ReluFfn::apply(x, weights.gate, weights.up, weights.down,
+                                           path == FfnPath::kSparse, counts, save);
   return {out[0], out[1], out[2], out[3], path};
 }
 

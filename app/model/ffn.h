@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "app/model/gated_relu.h"
 #include "twell/ffn.h"
 
 namespace twell::app {
@@ -25,7 +26,8 @@ struct FfnWeights {
 };
 
 struct FfnOutput {
-  torch::Tensor y;         // [tokens, hidden], the dtype of x
+  torch::Tensor y;  // [tokens, hidden], the dtype of x
+  // Counts that were not asked for may be undefined.
   torch::Tensor l1;        // Σ |h|, a float32 (for float64: float64) scalar; differentiable
   torch::Tensor l0;        // number of (token, neuron) pairs with g > 0, an int64 scalar
   torch::Tensor activity;  // [neurons] int32: tokens for which the neuron was active
@@ -34,7 +36,8 @@ struct FfnOutput {
 
 // The block on x [tokens, hidden], differentiable in x and the weights through y and l1. `path` is
 // kDense (libtorch's products) or kSparse (twell::ffn_forward); both count the same things.
-FfnOutput relu_ffn(const torch::Tensor& x, const FfnWeights& weights, FfnPath path);
+FfnOutput relu_ffn(const torch::Tensor& x, const FfnWeights& weights, FfnPath path,
+                   FfnCounts counts = FfnCounts::kAll);
 
 // silu(x Gᵀ) ⊙ (x Uᵀ) D, dense, with nothing counted: for checkpoints that are not sparse.
 torch::Tensor silu_ffn(const torch::Tensor& x, const FfnWeights& weights);

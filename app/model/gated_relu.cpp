@@ -80,16 +80,21 @@ uint16_t* mutable_bits(Tensor& t) { return static_cast<uint16_t*>(t.mutable_data
 
 }  // namespace
 
-GatedRelu gated_relu(const Tensor& gate, const Tensor& up) {
+GatedRelu gated_relu(const Tensor& gate, const Tensor& up, FfnCounts counts) {
   const int64_t tokens = gate.size(0);
   const int64_t neurons = gate.size(1);
   if (!has_fast_path(gate)) {
-    const Tensor active = gate.le(0).logical_not();
-    const Tensor h = torch::relu(gate) * up;
-    const auto wide = h.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
-    return {h, h.abs().sum(wide), active.sum(torch::kInt64), active.sum(0, false, torch::kInt32)};
+    GatedRelu out;
+    out.h = torch::relu(gate).mul_(up);
+    if (counts == FfnCounts::kNone) return out;
+    const auto wide = gate.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+    out.l1 = torch::linalg_vector_norm(out.h, 1, std::nullopt, false, wide);
+    if (counts == FfnCounts::kL1) return out;
+    out.activity = gate.le(0).logical_not().sum(0, false, torch::kInt32);
+    out.l0 = out.activity.sum(torch::kInt64);
+    return out;
   }
-  GatedRelu out;
+  GatedRelu out;  // here all counts are made on the way
   out.h = torch::empty_like(gate);
   uint16_t* const h = mutable_bits(out.h);
   const uint16_t* const g = bits(gate);
@@ -97,8 +102,8 @@ GatedRelu gated_relu(const Tensor& gate, const Tensor& up) {
   std::vector<float> row_l1(static_cast<size_t>(tokens));
   // Each part of the rows counts for itself; integers, so the split does not matter.
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tokens));
-  Tensor counts = torch::zeros({parts, neurons}, torch::kInt32);
-  int32_t* const count = counts.mutable_data_ptr<int32_t>();
+  Tensor sums = torch::zeros({parts, neurons}, torch::kInt32);
+  int32_t* const count = sums.mutable_data_ptr<int32_t>();
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       for (int64_t row = tokens * part / parts; row < tokens * (part + 1) / parts; ++row) {
@@ -111,18 +116,17 @@ GatedRelu gated_relu(const Tensor& gate, const Tensor& up) {
   double l1 = 0;
   for (const float row : row_l1) l1 += row;
   out.l1 = torch::scalar_tensor(l1, torch::kFloat32);
-  out.activity = parts == 1 ? counts.view({neurons}) : counts.sum(0, false, torch::kInt32);
+  out.activity = parts == 1 ? sums.view({neurons}) : sums.sum(0, false, torch::kInt32);
   out.l0 = out.activity.sum(torch::kInt64);
   return out;
 }
 
-GatedReluGradients gated_relu_backward(const Tensor& grad_h, double grad_l1, const Tensor& gate,
-                                       const Tensor& up) {
+GatedReluGradients gated_relu_backward(const Tensor& grad_h, const Tensor& grad_l1,
+                                       const Tensor& gate, const Tensor& up) {
   const int64_t neurons = gate.size(1);
   if (!has_fast_path(gate)) {
-    const Tensor active = gate.le(0).logical_not();
-    const Tensor s = grad_h + grad_l1 * up.sign();
-    return {(s * up).masked_fill_(active.logical_not(), 0), s * torch::relu(gate)};
+    const Tensor s = grad_l1.defined() ? grad_h + up.sign().mul_(grad_l1) : grad_h;
+    return {(s * up).masked_fill_(gate.le(0), 0), torch::relu(gate).mul_(s)};
   }
   GatedReluGradients out{torch::empty_like(gate), torch::empty_like(up)};
   uint16_t* const grad_g = mutable_bits(out.gate);
@@ -130,11 +134,11 @@ GatedReluGradients gated_relu_backward(const Tensor& grad_h, double grad_l1, con
   const uint16_t* const s = bits(grad_h);
   const uint16_t* const g = bits(gate);
   const uint16_t* const u = bits(up);
+  const auto l1 = grad_l1.defined() ? grad_l1.item<float>() : 0.0f;
   at::parallel_for(0, gate.size(0), 16, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t at = row * neurons;
-      backward_row(neurons, static_cast<float>(grad_l1), s + at, g + at, u + at, grad_g + at,
-                   grad_u + at);
+      backward_row(neurons, l1, s + at, g + at, u + at, grad_g + at, grad_u + at);
     }
   });
   return out;

@@ -301,7 +301,8 @@ Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& opt
     if (!in_slot) chooser.observe(flat.detach(), weights, options.ffn);
     path = chooser.choose(flat, weights, options.ffn, torch::GradMode::is_enabled());
   }
-  FfnOutput out = relu_ffn(flat, weights, *path);
+  const FfnCounts counts = options.ffn_outputs == nullptr ? FfnCounts::kNone : options.counts;
+  FfnOutput out = relu_ffn(flat, weights, *path, counts);
   const Tensor y = std::exchange(out.y, Tensor()).view_as(x);
   if (options.ffn_outputs != nullptr) options.ffn_outputs->push_back(std::move(out));
   return y;
@@ -324,11 +325,13 @@ Tensor Llama::recomputed_block(int layer, const Tensor& x, const ForwardOptions&
   }
   // What the chooser decides the first time holds for the second.
   const auto path = std::make_shared<std::optional<FfnPath>>();
-  const auto run = [this, layer, mode = options.ffn, path](const Tensor& input) {
+  const auto run = [this, layer, mode = options.ffn, counts = options.counts,
+                    path](const Tensor& input) {
     std::vector<FfnOutput> ffns;
     ForwardOptions inner;
     inner.ffn = mode;
     inner.ffn_outputs = &ffns;
+    inner.counts = counts;
     torch::autograd::variable_list outputs = {block(layer, input, inner, 0, *path)};
     if (!ffns.empty()) {
       *path = ffns[0].path;

@@ -36,6 +36,7 @@ struct ForwardOptions {
   FfnMode ffn = FfnMode::kDense;
   KvCache* cache = nullptr;                       // attended to and extended by this call's tokens
   std::vector<FfnOutput>* ffn_outputs = nullptr;  // one per layer, without y (ReLU models only)
+  FfnCounts counts = FfnCounts::kAll;             // what they hold
   // Keep only the input of each layer for backward and compute the layer again there: the same bits
   // from less memory. The model must then stay where it is, and as it is, until backward. Without
   // gradients it means nothing.
