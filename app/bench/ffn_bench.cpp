@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "app/bench/patterned_ffn.h"
+#include "app/bench/timer.h"
 #include "app/error.h"
 #include "app/trace/statistics.h"
 
@@ -56,11 +57,7 @@ struct Variant {
   std::function<Tensor(const Tensor& x, const PatternedFfn& ffn)> run;
   std::vector<double> ms{};
 
-  double quantile(double q) const {
-    std::vector<double> sorted = ms;
-    std::sort(sorted.begin(), sorted.end());
-    return sorted[static_cast<std::size_t>(q * static_cast<double>(sorted.size() - 1) + 0.5)];
-  }
+  double quantile(double q) const { return app::quantile(ms, q); }
 };
 
 // ‖y - exact‖ / ‖exact‖ of y against the block in float64; ‖y‖ if nothing is active.
@@ -77,41 +74,6 @@ Tensor run_exact(const Tensor& x, const PatternedFfn& ffn) {
   if (ffn.kind == FfnKind::kGated) h.mul_(torch::linear(wide(x), wide(ffn.up())));
   return torch::matmul(h, wide(ffn.down));
 }
-
-// Milliseconds of one call. On a GPU the device's own clock, after a flush of its L2 cache.
-class Timer {
- public:
-  explicit Timer(const torch::Device& device) : device_(device) {
-    if (!device.is_cpu()) {
-      flush_ = torch::empty({std::int64_t{256} << 20},
-                            torch::TensorOptions().dtype(torch::kUInt8).device(device));
-    }
-  }
-
-  template <class F>
-  double operator()(F&& run) {
-    if (device_.is_cpu()) {
-      const auto start = std::chrono::steady_clock::now();
-      run();
-      const std::chrono::duration<double, std::milli> spent =
-          std::chrono::steady_clock::now() - start;
-      return spent.count();
-    }
-    flush_.zero_();
-    const c10::impl::VirtualGuardImpl guard(device_.type());
-    c10::Event begin(device_.type(), c10::EventFlag::BACKEND_DEFAULT);
-    c10::Event end(device_.type(), c10::EventFlag::BACKEND_DEFAULT);
-    begin.record(guard.getStream(device_));
-    run();
-    end.record(guard.getStream(device_));
-    end.synchronize();
-    return begin.elapsedTime(end);
-  }
-
- private:
-  torch::Device device_;
-  Tensor flush_;
-};
 
 std::int64_t cache_bytes() {
   const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -232,7 +194,7 @@ nlohmann::ordered_json bench_ffn(const std::string& name, const Trace& pattern,
                 ", more than 1.1 times PyTorch's " + std::to_string(dense_error));
   }
 
-  Timer timer(options.device);
+  const Timer timer(options.device, /*flush=*/true);
   const auto start = std::chrono::steady_clock::now();
   const auto count = static_cast<std::int64_t>(variants.size());
   std::int64_t rounds = -copies;  // the first turn of every copy warms up

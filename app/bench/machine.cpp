@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/version.h>
 
+#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <string>
@@ -21,6 +22,11 @@ std::string cpu_model() {
     if (value != std::string::npos) return line.substr(value + 2);
   }
   return "unknown";
+}
+
+std::string commit() {
+  const char* name = std::getenv("TWELL_COMMIT");
+  return name != nullptr ? name : "unknown";
 }
 
 std::string utc_now() {
@@ -41,6 +47,7 @@ nlohmann::ordered_json describe_machine(const torch::Device& device) {
           {"twell", TWELL_VERSION},
           {"torch", TORCH_VERSION},
           {"compiler", "g++ " __VERSION__},
+          {"commit", commit()},
           {"date", utc_now()}};
 }
 

@@ -23,18 +23,6 @@ torch::Tensor randn(torch::IntArrayRef shape, const torch::Generator& random) {
   return torch::randn(shape, random, torch::kFloat32);
 }
 
-// [pattern.tokens(), pattern.neurons] bool
-torch::Tensor dense_pattern(const Trace& pattern) {
-  const torch::Tensor active = torch::zeros({pattern.tokens(), pattern.neurons}, torch::kBool);
-  bool* cells = active.data_ptr<bool>();
-  for (std::int64_t token = 0; token < pattern.tokens(); ++token) {
-    for (const std::uint16_t neuron : pattern.row(token)) {
-      cells[token * pattern.neurons + neuron] = true;
-    }
-  }
-  return active;
-}
-
 }  // namespace
 
 Trace random_pattern(std::int64_t tokens, std::int64_t neurons, double density,
@@ -62,6 +50,17 @@ Trace window(const Trace& trace, std::int64_t first, std::int64_t count) {
   rows.rate = trace.rate;
   for (std::int64_t i = first; i < first + count; ++i) rows.append(trace.row(i % trace.tokens()));
   return rows;
+}
+
+torch::Tensor dense_pattern(const Trace& pattern) {
+  const torch::Tensor active = torch::zeros({pattern.tokens(), pattern.neurons}, torch::kBool);
+  bool* cells = active.data_ptr<bool>();
+  for (std::int64_t token = 0; token < pattern.tokens(); ++token) {
+    for (const std::uint16_t neuron : pattern.row(token)) {
+      cells[token * pattern.neurons + neuron] = true;
+    }
+  }
+  return active;
 }
 
 std::int64_t max_distinct_tokens(std::int64_t hidden) {

@@ -19,6 +19,9 @@ Trace random_pattern(std::int64_t tokens, std::int64_t neurons, double density, 
 // The rows [first, first + count) of `trace`, starting again from row 0 past its end.
 Trace window(const Trace& trace, std::int64_t first, std::int64_t count);
 
+// [pattern.tokens(), pattern.neurons] bool
+torch::Tensor dense_pattern(const Trace& pattern);
+
 // How many tokens can have patterns of their own at this width: half of the columns.
 std::int64_t max_distinct_tokens(std::int64_t hidden);
 

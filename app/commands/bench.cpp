@@ -11,6 +11,7 @@
 #include "app/bench/ffn_bench.h"
 #include "app/bench/machine.h"
 #include "app/bench/patterned_ffn.h"
+#include "app/commands/bench_model.h"
 #include "app/commands/options.h"
 #include "app/error.h"
 #include "app/trace/trace.h"
@@ -116,16 +117,14 @@ void add_bench_command(CLI::App& app) {
   ffn->add_option("--ffn", flags->run.ffn, "twell: force the sparse path; auto: as planned")
       ->check(CLI::IsMember({"twell", "auto"}))
       ->capture_default_str();
-  ffn->add_option("--device", flags->run.device, "cpu, cuda or cuda:N")->capture_default_str();
-  ffn->add_option("--threads", flags->run.threads, "CPU threads; 0: all that this process may use")
-      ->check(CLI::Range(0, 4096))
-      ->capture_default_str();
+  flags->run.add_device_to(*ffn);
   ffn->add_option("--seconds", flags->bench.seconds, "Time to measure for, about")
       ->check(CLI::Range(0.0, 3600.0))
       ->capture_default_str();
   ffn->add_option("--seed", flags->bench.seed, "Of the weights and inputs")->capture_default_str();
   ffn->add_option("--json", flags->json, "Write the result and the machine to this file");
   ffn->callback([flags] { run_bench_ffn(*flags); });
+  add_bench_model_command(*bench);
 }
 
 }  // namespace twell::app

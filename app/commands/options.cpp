@@ -20,11 +20,15 @@ int available_processors() {
 
 }  // namespace
 
-void RunOptions::add_to(CLI::App& command) {
+void RunOptions::add_device_to(CLI::App& command) {
   command.add_option("--device", device, "cpu, cuda or cuda:N")->capture_default_str();
   command.add_option("--threads", threads, "CPU threads; 0: all that this process may use")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
+}
+
+void RunOptions::add_to(CLI::App& command) {
+  add_device_to(command);
   command.add_flag("--json", json, "Print the result as JSON on standard output");
 }
 

@@ -23,10 +23,10 @@ struct RunOptions {
   std::string dtype = "bfloat16";
   bool json = false;
 
-  // Adds --device, --threads and --json.
-  void add_to(CLI::App& command);
-  void add_ffn_to(CLI::App& command);    // --ffn
-  void add_dtype_to(CLI::App& command);  // --dtype
+  void add_device_to(CLI::App& command);  // --device and --threads
+  void add_to(CLI::App& command);         // these and --json
+  void add_ffn_to(CLI::App& command);     // --ffn
+  void add_dtype_to(CLI::App& command);   // --dtype
 
   // Applies --threads and gives the device; Error if there is no such device here.
   torch::Device start() const;
