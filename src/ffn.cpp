@@ -107,7 +107,7 @@ Status ffn_backward(const FfnPlan& plan, const FfnBackwardArgs& args) {
     return invalid("ffn_backward: plan.training is false; permitted: a plan made for training");
   }
   if (plan.device.type == DeviceType::kCpu) return cpu::backward(plan, args);
-  return {StatusCode::kUnsupported, "ffn_backward: plan.device is a CUDA device; permitted: a CPU"};
+  return cuda::backward(plan, args);
 }
 
 }  // namespace twell

@@ -92,6 +92,10 @@ class Forward {
   void run_chunk(int first) {
     const FfnWeights& weights = args_.weights;
     const Tokens x = {args_.x, problem_.tokens, first};
+    if (args_.saved) {
+      chunk_.masks = static_cast<std::uint32_t*>(args_.saved) +
+                     first / kHalfTokens * SavedLayout(problem_).half_words;
+    }
     then(products_.gate(chunk_, x, gated() ? weights.gate : weights.up, multiprocessors_, stream_));
     then(launch_unions(chunk_, stream_));
     if (gated()) {

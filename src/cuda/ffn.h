@@ -6,5 +6,6 @@
 namespace twell::cuda {
 
 Status forward(const FfnPlan& plan, const FfnForwardArgs& args);
+Status backward(const FfnPlan& plan, const FfnBackwardArgs& args);
 
 }  // namespace twell::cuda

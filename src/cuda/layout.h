@@ -1,5 +1,5 @@
 #pragma once
-// How the CUDA forward cuts its work, and how large its intermediates are. Host code without a
+// How the CUDA kernels cut their work, and how large its intermediates are. Host code without a
 // CUDA header, shared by the planner and the kernels.
 
 #include <algorithm>
@@ -18,6 +18,12 @@ inline constexpr int kColumnWords = kHalfTokens / 2;
 inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of this
 inline constexpr int kUnionItem = 256;  // union positions of one piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
+
+// Of the backward. Its chunks are smaller than the forward's, as it keeps three values for each
+// neuron of a union, not two, and float32 sums of the weights' gradients besides.
+inline constexpr int kMaxBackwardTiles = 64;
+inline constexpr int kRowNeurons = 64;   // neurons that share a list of tokens
+inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
 
 // Up to kMaxDecodeTokens tokens take the kernels that read each weight row at most once.
 inline constexpr int kMaxDecodeTokens = 64;
@@ -83,6 +89,68 @@ struct ForwardLayout {
     schedule = carve.take(8 + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
     activity = carve.take(plan.problem.neurons * 4);
     partial_l1 = carve.take(all_tiles * 4);
+    bytes = carve.bytes();
+  }
+};
+
+// What the forward keeps for the backward: which columns of each half tile are in use.
+struct SavedLayout {
+  std::int64_t half_words;  // 32-bit words of a half tile's masks
+  std::size_t masks = 0, bytes;
+
+  explicit SavedLayout(const FfnProblem& problem)
+      : half_words(ceil_div<std::int64_t>(problem.neurons, kBlockNeurons) * kMaskWords),
+        bytes(2 * ceil_div<std::int64_t>(problem.tokens, kTileTokens) * half_words * 4) {}
+};
+
+struct BackwardLayout {
+  std::int64_t chunks = 0;
+  std::int64_t tiles = 0;     // of one chunk
+  std::int64_t capacity = 0;  // as the forward's
+  std::int64_t groups = 0;    // of blocks of kRowNeurons
+  std::int64_t blocks = 0;    // of a group
+
+  std::size_t masks, nonfinite, unions, counts, order, schedule;
+  std::size_t coefficients[3];  // dg, du, h
+  std::size_t lists, tokens, token_counts, projection_rows, hidden_rows;
+  std::size_t totals[3];  // of the gradients of G, U, D
+  std::size_t bytes;
+
+  explicit BackwardLayout(const FfnPlan& plan) {
+    const FfnProblem& problem = plan.problem;
+    const std::int64_t inputs = problem.kind == FfnKind::kGated ? 2 : 1;  // projections of x
+    const std::int64_t all_tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
+    const std::int64_t most =
+        std::min<std::int64_t>(plan.chunk_tokens / kTileTokens, kMaxBackwardTiles);
+    chunks = ceil_div(all_tiles, most);
+    tiles = chunks > 0 ? ceil_div(all_tiles, chunks) : 0;
+    capacity = ceil_div<std::int64_t>(problem.neurons, kUnionStep) * kUnionStep;
+    const std::int64_t all_blocks = ceil_div<std::int64_t>(problem.neurons, kRowNeurons);
+    groups = ceil_div<std::int64_t>(all_blocks, kGroupBlocks);
+    blocks = ceil_div(all_blocks, groups);
+
+    constexpr std::int64_t kColumnBytes = kColumnWords * 4;
+    Parts carve;
+    masks = carve.take(2 * tiles * SavedLayout(problem).half_words * 4);
+    nonfinite = carve.take(2 * tiles * 8);
+    unions = carve.take(tiles * capacity * 8);
+    counts = carve.take(tiles * 4);
+    order = carve.take(tiles * 4);
+    schedule = carve.take(8 + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
+    for (const int i : {0, 1, 2}) {
+      const bool exists = i != 1 || inputs == 2;
+      coefficients[i] = carve.take(exists ? 2 * tiles * capacity * kColumnBytes : 0);
+    }
+    const std::int64_t rows = blocks * tiles * kTileTokens;
+    lists = carve.take(blocks * 2 * tiles * 16);
+    tokens = carve.take(rows * 4);
+    token_counts = carve.take(blocks * 4);
+    projection_rows = carve.take(rows * inputs * kRowNeurons * 2);
+    hidden_rows = carve.take(rows * kRowNeurons * 2);
+    for (const int i : {0, 1, 2}) {
+      const bool exists = chunks > 1 && (i != 0 || inputs == 2);
+      totals[i] = carve.take(exists ? problem.neurons * problem.hidden * 4 : 0);
+    }
     bytes = carve.bytes();
   }
 };

@@ -19,6 +19,10 @@ Status forward(const FfnPlan&, const FfnForwardArgs&) {
   return {StatusCode::kUnsupported, "ffn_forward: this build of twell has no CUDA kernels"};
 }
 
+Status backward(const FfnPlan&, const FfnBackwardArgs&) {
+  return {StatusCode::kUnsupported, "ffn_backward: this build of twell has no CUDA kernels"};
+}
+
 Result<std::size_t> gate_pack_workspace_bytes(const TwellShape&, const Device&) {
   return Status(StatusCode::kUnsupported, "gate_pack: this build of twell has no CUDA kernels");
 }

@@ -14,9 +14,10 @@ namespace {
 // little, small enough that the address space stays bounded.
 constexpr std::int64_t kMaxChunkTiles = 256;
 
-// Share of the neurons assumed in a tile's union without an estimate: that of layer 5 of the
-// traces.
+// Shares assumed without an estimate, those of layer 5 of the traces: of the neurons in a tile's
+// union, and of the (token, block of 64 neurons) pairs in which some neuron is active.
 constexpr double kUnknownUnion = 0.2;
+constexpr double kUnknownBlocks = 0.36;
 
 // TFLOP/s per multiprocessor.
 struct Rates {
@@ -25,17 +26,23 @@ struct Rates {
   double over_union;  // up and down
 };
 
+// An H200, from bench/results/h200/ffn_forward.json.
+constexpr Rates kHopper = {5.2, 5.2, 4.5};
+// Not measured. The others' dense bf16 peaks by their data sheets (A100: 2.9 per multiprocessor,
+// B200: 15) times the share of its peak (7.5) that the H200 reaches; ours as on the A100, since
+// Blackwell's large chips reach their peak by instructions of their own only. The ratio between
+// the two is what the choice of a path needs; smaller chips are slower in both alike.
+constexpr Rates kAmpere = {2.0, 2.0, 1.7};
+constexpr Rates kBlackwell = {10.4, 2.0, 1.7};
+
 Rates rates_of(const Device& device) {
-  // An H200, from bench/results/h200/ffn_forward.json.
-  constexpr Rates kHopper = {5.2, 5.2, 4.5};
-  // Not measured. The others' dense bf16 peaks by their data sheets (A100: 2.9 per multiprocessor,
-  // B200: 15) times the share of its peak (7.5) that the H200 reaches; ours as on the A100, since
-  // Blackwell's large chips reach their peak by instructions of their own only. The ratio between
-  // the two is what the choice of a path needs; smaller chips are slower in both alike.
-  constexpr Rates kAmpere = {2.0, 2.0, 1.7};
-  constexpr Rates kBlackwell = {10.4, 2.0, 1.7};
   const int generation = device.compute_capability / 10;
   return generation == 9 ? kHopper : generation == 10 || generation == 11 ? kBlackwell : kAmpere;
+}
+
+// Whether the kernels for few tokens run it: they save nothing for a backward.
+bool takes_few_tokens(const FfnProblem& problem, const PlanOptions& options) {
+  return problem.tokens <= cuda::kMaxDecodeTokens && !options.training;
 }
 
 // Other speeds of the same H200.
@@ -44,6 +51,37 @@ constexpr double kDenseLaunchMs = 0.015;
 constexpr double kTileLaunchMs = 0.06;  // four kernels, each at least one tile long
 constexpr double kDecodeLaunchMs = 0.008;
 constexpr double kDecodeTokenMs = 0.0007;  // per token, at the traces' 2048 x 5632
+
+// The neurons in a tile's union, and the share of (token, block of 64 neurons) pairs in use.
+struct Sparsity {
+  double in_union;
+  double blocks;
+
+  Sparsity(double neurons, const PlanOptions& options)
+      : in_union(kUnknownUnion * neurons), blocks(kUnknownBlocks) {
+    if (options.expected_active >= 0) {
+      const double silent = 1 - std::min(options.expected_active / neurons, 1.0);
+      in_union = neurons * (1 - std::pow(silent, cuda::kTileTokens));
+      blocks = 1 - std::pow(silent, cuda::kRowNeurons);
+    }
+    if (options.expected_union >= 0) in_union = std::min(options.expected_union, neurons);
+  }
+};
+
+// Of the sparse backward; `product` is a dense product's time at 1 TFLOP/s. By its FLOPs, with the
+// rate of the same instructions on an A100 for every GPU: not measured.
+double predict_backward(const FfnProblem& problem, double product, const Sparsity& sparsity) {
+  const double neurons = static_cast<double>(problem.neurons);
+  const bool gated = problem.kind == FfnKind::kGated;
+  const double over_union = gated ? 5 : 3;  // g, u, dh and both of dx; plain: g, dh and dx
+  const double of_weights = gated ? 3 : 2;
+  const double groups = std::ceil(neurons / (cuda::kRowNeurons * cuda::kGroupBlocks));
+  const double chunks = std::ceil(static_cast<double>(problem.tokens) /
+                                  (cuda::kMaxBackwardTiles * cuda::kTileTokens));
+  const double kernels = chunks * (4 + 4 * groups);
+  const double share = over_union * sparsity.in_union / neurons + of_weights * sparsity.blocks;
+  return kernels * kTileLaunchMs / 4 + product * share / kAmpere.over_union;
+}
 
 Prediction predict(const FfnProblem& problem, const Device& device, const PlanOptions& options) {
   const double tokens = static_cast<double>(problem.tokens);
@@ -57,32 +95,27 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
 
   Prediction out;
   out.dense_ms = kDenseLaunchMs + (1 + products) * std::max(product / rates.dense, read_ms);
-  if (problem.tokens <= cuda::kMaxDecodeTokens) {
+  if (takes_few_tokens(problem, options)) {
     out.sparse_ms = kDecodeLaunchMs + read_ms + tokens * kDecodeTokenMs * weights / (2048. * 5632);
     return out;
   }
-  double in_union = kUnknownUnion * neurons;
-  if (options.expected_union >= 0) {
-    in_union = std::min(options.expected_union, neurons);
-  } else if (options.expected_active >= 0) {
-    const double active = std::min(options.expected_active / neurons, 1.0);
-    in_union = neurons * (1 - std::pow(1 - active, cuda::kTileTokens));
-  }
-  const double union_ms = product / rates.over_union * in_union / neurons;
+  const Sparsity sparsity(neurons, options);
+  const double union_ms = product / rates.over_union * sparsity.in_union / neurons;
   out.sparse_ms = kTileLaunchMs + product / rates.gate + products * union_ms;
+  if (options.training) {
+    out.dense_ms *= 3;  // each product has two gradients, which are products as large
+    out.sparse_ms += predict_backward(problem, product, sparsity);
+  }
   return out;
 }
 
 // Ok if the sparse path runs this; otherwise names what it does not.
-Status check_offered(const FfnProblem& problem, const Device& device, bool training) {
+Status check_offered(const FfnProblem& problem, const Device& device) {
   const auto refuse = [](const std::string& what, const std::string& permitted) {
     return Status(StatusCode::kUnsupported, "plan_ffn: " + what + "; permitted: " + permitted);
   };
   if (problem.dtype != DType::kBf16) {
     return refuse("dtype is " + std::string(name_of(problem.dtype)), "bfloat16 on a CUDA device");
-  }
-  if (training) {
-    return refuse("training is true", "false on a CUDA device, which has no sparse backward");
   }
   if (device.compute_capability < 80) {
     return refuse("device.compute_capability is " + std::to_string(device.compute_capability),
@@ -96,13 +129,13 @@ Status check_offered(const FfnProblem& problem, const Device& device, bool train
 Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
                           const PlanOptions& options) {
   const Prediction prediction = predict(problem, device, options);
-  const Status offered = check_offered(problem, device, options.training);
+  const Status offered = check_offered(problem, device);
   FfnPlan plan = choose_path(problem, device, options, prediction,
                              !offered.ok() || prediction.dense_ms < prediction.sparse_ms);
   if (plan.path == FfnPath::kDense) return plan;
   if (!offered.ok()) return offered;
 
-  if (problem.tokens <= cuda::kMaxDecodeTokens) {
+  if (takes_few_tokens(problem, options)) {
     plan.tile_tokens = cuda::kDecodeTokens;
     plan.chunk_tokens = cuda::kMaxDecodeTokens;
     plan.block_neurons = cuda::kDecodeNeurons;
@@ -117,6 +150,10 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   plan.block_neurons = cuda::kBlockNeurons;
   plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product
   plan.workspace_bytes = cuda::ForwardLayout(plan).bytes;
+  if (options.training) {
+    plan.saved_bytes = cuda::SavedLayout(problem).bytes;
+    plan.backward_workspace_bytes = cuda::BackwardLayout(plan).bytes;
+  }
   return plan;
 }
 

@@ -56,18 +56,51 @@ TEST(PlanCuda, BoundsTheWorkspaceForAnyNumberOfTokens) {
   EXPECT_GT(plan_ffn(problem(1), hopper())->workspace_bytes, 0u);
 }
 
+TEST(PlanCuda, TrainsWithABoundedWorkspaceAndLittleSaved) {
+  PlanOptions options;
+  options.path = FfnPath::kSparse;
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->saved_bytes, 0u);
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->backward_workspace_bytes, 0u);
+  options.training = true;
+  const FfnPlan plan = plan_ffn(problem(16384), hopper(), options).value();
+  EXPECT_TRUE(plan.training);
+  EXPECT_EQ(plan.saved_bytes, 16384u * 5632 / 8 / 64);  // a bit for each neuron and 64 tokens
+  EXPECT_LT(plan.backward_workspace_bytes, std::size_t{600} << 20);
+  EXPECT_LE(plan_ffn(problem(2000000000), hopper(), options)->backward_workspace_bytes,
+            plan.backward_workspace_bytes);
+  // The kernels for few tokens save nothing.
+  EXPECT_EQ(plan_ffn(problem(1), hopper(), options)->tile_tokens,
+            plan_ffn(problem(16384), hopper(), options)->tile_tokens);
+  FfnProblem plain = problem(16384);
+  plain.kind = FfnKind::kPlain;
+  EXPECT_LT(plan_ffn(plain, hopper(), options)->backward_workspace_bytes,
+            plan.backward_workspace_bytes);
+}
+
+TEST(PlanCuda, PredictsForwardAndBackwardWhenTraining) {
+  PlanOptions options;
+  options.expected_active = 29;
+  options.expected_union = 500;
+  const FfnPlan forward = plan_ffn(problem(16384), hopper(), options).value();
+  options.training = true;
+  const FfnPlan both = plan_ffn(problem(16384), hopper(), options).value();
+  EXPECT_EQ(both.path, FfnPath::kSparse);
+  EXPECT_GT(both.predicted_sparse_ms, forward.predicted_sparse_ms);
+  EXPECT_DOUBLE_EQ(both.predicted_dense_ms, 3 * forward.predicted_dense_ms);
+  options.expected_active = 2816;
+  options.expected_union = 5632;
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->path, FfnPath::kDense);
+  EXPECT_EQ(plan_ffn(problem(1), hopper(), options)->path, FfnPath::kDense);
+}
+
 TEST(PlanCuda, RefusesByName) {
   PlanOptions options;
-  options.training = true;
-  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->path, FfnPath::kDense);
   const auto message = [&](const FfnProblem& p, const Device& device) {
     const Result<FfnPlan> plan = plan_ffn(p, device, options);
     EXPECT_FALSE(plan.ok());
     return plan.status().message();
   };
   options.path = FfnPath::kSparse;
-  EXPECT_NE(message(problem(1), hopper()).find("training is true"), std::string::npos);
-  options.training = false;
   FfnProblem wide = problem(1);
   wide.dtype = DType::kFloat32;
   EXPECT_NE(message(wide, hopper()).find("dtype is float32"), std::string::npos);

@@ -29,12 +29,13 @@ struct Call {
         activity(block.problem.neurons * 4),
         workspace(p.workspace_bytes) {}
 
-  Status run(cudaStream_t stream = nullptr) {
+  Status run(cudaStream_t stream = nullptr, void* saved = nullptr) {
     FfnForwardArgs args;
     args.x = x.as();
     args.weights = {plan.problem.kind == FfnKind::kGated ? gate.as() : nullptr, up.as(), down.as()};
     args.y = y.as();
     args.stats = {l0.as<std::int64_t>(), l1.as(), activity.as<std::int32_t>()};
+    args.saved = saved;
     args.workspace = workspace.as();
     args.stream = stream;
     return ffn_forward(plan, args);

@@ -1,6 +1,7 @@
-// The down projection over the unions of a chunk: y = h D for 128 tokens and 128 outputs at a time,
-// summed over the tile's union. The rows of D are gathered; both operands lie with the summed
-// dimension outside and are transposed on the way from shared memory to the tensor cores.
+// Products over the unions of a chunk, for 128 tokens and 128 outputs at a time: y = h D, and the
+// gated block's dx = dg G + du U, two such sums in one. The rows of the weights are gathered; both
+// operands lie with the summed dimension outside and are transposed on the way from shared memory
+// to the tensor cores.
 
 #include "cuda/check.h"
 #include "cuda/ptx/convert.cuh"
@@ -11,56 +12,103 @@
 namespace twell::cuda::sm80 {
 namespace {
 
-// The two halves' columns of h, by union position; pieces 0 to 7 are of the first half.
+// y = Σ over pairs of h D.
+template <int kPairs>
+struct Operands {
+  const std::uint32_t* h[kPairs];     // columns by union position
+  const __nv_bfloat16* down[kPairs];  // [neurons, hidden]
+};
+
+// Summed elements [pair, union position] in a row: of which pair the i-th is.
+template <int kPairs>
+__device__ __forceinline__ int pair_of(int i, int padded) {
+  return kPairs == 1 ? 0 : i >= padded;
+}
+
+// The two halves' columns of h; pieces 0 to 7 are of the first half.
+template <int kPairs>
 struct HiddenRows {
-  using Row = int;
-  const __nv_bfloat16* matrix;  // of the tile
+  struct Row {
+    int pair;
+    int position;
+  };
+  const __nv_bfloat16* matrices[kPairs];  // of the tile
+  const __nv_bfloat16* matrix;            // any of them
+  int padded;
   int capacity;
 
-  __device__ Row row(int position) const { return position; }
-  __device__ const __nv_bfloat16* address(Row position, int piece) const {
+  __device__ HiddenRows(const ForwardChunk& chunk, const Operands<kPairs>& operands, int tile,
+                        int positions)
+      : padded(positions), capacity(chunk.capacity) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      matrices[p] = reinterpret_cast<const __nv_bfloat16*>(
+          operands.h[p] + static_cast<std::size_t>(2 * tile) * capacity * kColumnWords);
+    }
+    matrix = matrices[0];
+  }
+  __device__ Row row(int i) const {
+    const int pair = pair_of<kPairs>(i, padded);
+    return {pair, i - pair * padded};
+  }
+  __device__ const __nv_bfloat16* address(Row row, int piece) const {
     constexpr int kPieces = kHalfTokens / 8;
-    const std::size_t column =
-        static_cast<std::size_t>(piece / kPieces) * capacity + static_cast<std::size_t>(position);
-    return matrix + column * kHalfTokens + piece % kPieces * 8;
+    const std::size_t column = static_cast<std::size_t>(piece / kPieces) * capacity +
+                               static_cast<std::size_t>(row.position);
+    return (row.pair == 0 ? matrices[0] : matrices[kPairs - 1]) + column * kHalfTokens +
+           piece % kPieces * 8;
   }
 };
 
 // The rows of D of the neurons of a union.
+template <int kPairs>
 struct GatheredRows {
-  using Row = UnionEntry;
-  const __nv_bfloat16* matrix;  // from the strip's first output on
+  struct Row {
+    int pair;
+    UnionEntry entry;
+  };
+  const __nv_bfloat16* matrices[kPairs];  // from the strip's first output on
+  const __nv_bfloat16* matrix;            // any of them
   const UnionEntry* entries;
   int padded;   // entries
   int outputs;  // of the strip and all after it
   int hidden;
 
-  __device__ Row row(int position) const {
-    return position < padded ? entries[position] : UnionEntry{0, 0};
+  __device__ GatheredRows(const ForwardChunk& chunk, const Operands<kPairs>& operands, int tile,
+                          int positions, int first)
+      : entries(chunk.unions + static_cast<std::size_t>(tile) * chunk.capacity),
+        padded(positions),
+        outputs(chunk.hidden - first),
+        hidden(chunk.hidden) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) matrices[p] = operands.down[p] + first;
+    matrix = matrices[0];
   }
-  __device__ const __nv_bfloat16* address(Row entry, int piece) const {
-    if (!entry.in_use() || piece * 8 >= outputs) return nullptr;
-    return matrix + static_cast<std::size_t>(entry.row()) * hidden + piece * 8;
+  __device__ Row row(int i) const {
+    const int pair = pair_of<kPairs>(i, padded);
+    const int position = i - pair * padded;
+    return {pair, position < padded ? entries[position] : UnionEntry{0, 0}};
+  }
+  __device__ const __nv_bfloat16* address(Row row, int piece) const {
+    if (!row.entry.in_use() || piece * 8 >= outputs) return nullptr;
+    return (row.pair == 0 ? matrices[0] : matrices[kPairs - 1]) +
+           static_cast<std::size_t>(row.entry.row()) * hidden + piece * 8;
   }
 };
 
+template <int kPairs>
 __global__ void __launch_bounds__(kThreads, kResident)
-    down_kernel(const ForwardChunk chunk, const __nv_bfloat16* __restrict__ down,
+    down_kernel(const ForwardChunk chunk, const Operands<kPairs> operands,
                 __nv_bfloat16* __restrict__ y, int strips) {
   const int tile = chunk.order[blockIdx.x / strips];
   const int first = blockIdx.x % strips * kColumns;  // output
   const int padded = ceil_div(chunk.counts[tile], kUnionStep) * kUnionStep;
-  const HiddenRows hidden_rows = {
-      reinterpret_cast<const __nv_bfloat16*>(chunk.h + static_cast<std::size_t>(2 * tile) *
-                                                           chunk.capacity * kColumnWords),
-      chunk.capacity};
-  const GatheredRows down_rows = {down + first,
-                                  chunk.unions + static_cast<std::size_t>(tile) * chunk.capacity,
-                                  padded, chunk.hidden - first, chunk.hidden};
-  OuterSource<HiddenRows> tokens(hidden_rows);
-  OuterSource<GatheredRows> outputs(down_rows);
+  const HiddenRows<kPairs> hidden_rows(chunk, operands, tile, padded);
+  const GatheredRows<kPairs> down_rows(chunk, operands, tile, padded, first);
+  OuterSource<HiddenRows<kPairs>> tokens(hidden_rows);
+  OuterSource<GatheredRows<kPairs>> outputs(down_rows);
   Sums<kColumns> sums;
-  multiply<kColumns, Major::kOuter>(sums, padded / kStep, tokens, outputs);
+  multiply<kColumns, Major::kOuter>(sums, kPairs * padded / kStep, tokens, outputs);
 
   // Row l of 16 is token l / 2 + 8 (l % 2): see the columns in forward.h.
   const int warp = threadIdx.x / 32;
@@ -83,12 +131,28 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
+template <int kPairs>
+Status launch_pairs(const ForwardChunk& chunk, const Operands<kPairs>& operands, void* y,
+                    cudaStream_t stream) {
+  const int strips = ceil_div(chunk.hidden, kColumns);
+  return launch(down_kernel<kPairs>, chunk.tiles * strips, kThreads, kSharedBytes, stream, chunk,
+                operands, static_cast<__nv_bfloat16*>(y), strips);
+}
+
 }  // namespace
 
 Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int, cudaStream_t stream) {
-  const int strips = ceil_div(chunk.hidden, kColumns);
-  return launch(down_kernel, chunk.tiles * strips, kThreads, kSharedBytes, stream, chunk,
-                static_cast<const __nv_bfloat16*>(down), static_cast<__nv_bfloat16*>(y), strips);
+  const Operands<1> operands = {{chunk.h}, {static_cast<const __nv_bfloat16*>(down)}};
+  return launch_pairs(chunk, operands, y, stream);
+}
+
+Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                             cudaStream_t stream) {
+  const auto* gate = static_cast<const __nv_bfloat16*>(weights.gate);
+  const auto* up = static_cast<const __nv_bfloat16*>(weights.up);
+  if (!gate) return launch_pairs(chunk.forward, Operands<1>{{chunk.dg}, {up}}, dx, stream);
+  const Operands<2> operands = {{chunk.dg, chunk.du}, {gate, up}};
+  return launch_pairs(chunk.forward, operands, dx, stream);
 }
 
 }  // namespace twell::cuda::sm80

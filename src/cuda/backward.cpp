@@ -1,0 +1,157 @@
+// The sparse FFN backward on CUDA, chunk by chunk of tokens:
+//
+//   1. masks         the forward's, completed where dy is not finite, and their unions
+//   2. coefficients  dg, du and h over the unions; g and u are made anew
+//   3. dx            dg G + du U over the unions
+//   4. weights       group by group of neurons: lists of tokens, then the gradients
+//
+// Every sum has a fixed order.
+
+#include "cuda/backward.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "cuda/check.h"
+#include "cuda/ffn.h"
+#include "cuda/sm80/products.h"
+
+namespace twell::cuda {
+namespace {
+
+Status check_call(const FfnPlan& plan, const FfnBackwardArgs& args) {
+  const std::pair<const char*, const void*> pointers[] = {{"x", args.x},
+                                                          {"grad_y", args.grad_y},
+                                                          {"weights.gate", args.weights.gate},
+                                                          {"weights.up", args.weights.up},
+                                                          {"weights.down", args.weights.down},
+                                                          {"grad_x", args.grad_x}};
+  for (const auto& [name, pointer] : pointers) {
+    Status status = require_aligned(pointer, std::string("ffn_backward: ") + name);
+    if (!status.ok()) return status;
+  }
+  return require_current(plan.device, "ffn_backward: plan");
+}
+
+// The launches of one backward pass; the first error ends it.
+class Backward {
+ public:
+  Backward(const FfnPlan& plan, const FfnBackwardArgs& args)
+      : problem_(plan.problem),
+        multiprocessors_(plan.device.multiprocessors),
+        args_(args),
+        layout_(plan),
+        stream_(static_cast<cudaStream_t>(args.stream)) {
+    const bool gated = problem_.kind == FfnKind::kGated;
+    ForwardChunk& f = chunk_.forward;
+    f.hidden = static_cast<int>(problem_.hidden);
+    f.neurons = static_cast<int>(problem_.neurons);
+    f.blocks = ceil_div(f.neurons, kBlockNeurons);
+    f.capacity = static_cast<int>(layout_.capacity);
+    f.masks = at<std::uint32_t>(layout_.masks);
+    f.unions = at<UnionEntry>(layout_.unions);
+    f.counts = at<std::int32_t>(layout_.counts);
+    f.order = at<std::int32_t>(layout_.order);
+    f.schedule = at<Schedule>(layout_.schedule);
+    chunk_.grad_l1 = static_cast<const float*>(args.grad_l1);
+    chunk_.nonfinite = at<std::uint32_t>(layout_.nonfinite);
+    chunk_.dg = at<std::uint32_t>(layout_.coefficients[0]);
+    chunk_.du = gated ? at<std::uint32_t>(layout_.coefficients[1]) : nullptr;
+    chunk_.h = at<std::uint32_t>(layout_.coefficients[2]);
+
+    rows_.capacity = static_cast<int>(layout_.tiles * kTileTokens);
+    rows_.parts = at<BlockTokens>(layout_.lists);
+    rows_.tokens = at<std::int32_t>(layout_.tokens);
+    rows_.counts = at<std::int32_t>(layout_.token_counts);
+    rows_.projections = at<std::uint32_t>(layout_.projection_rows);
+    rows_.hidden = at<std::uint32_t>(layout_.hidden_rows);
+
+    const WeightGradient of_gate = {args.grad_gate, at<float>(layout_.totals[0])};
+    const WeightGradient of_up = {args.grad_up, at<float>(layout_.totals[1])};
+    of_projections_[0] = gated ? of_gate : of_up;
+    of_projections_[1] = gated ? of_up : WeightGradient{};
+    of_down_ = {args.grad_down, at<float>(layout_.totals[2])};
+  }
+
+  Status run() {
+    if (problem_.tokens == 0) return zero_weights();
+    const std::int64_t step = layout_.tiles * kTileTokens;
+    for (std::int64_t first = 0; first < problem_.tokens && status_.ok(); first += step) {
+      const std::int64_t left = problem_.tokens - first;
+      chunk_.forward.tokens = static_cast<int>(std::min(step, left));
+      chunk_.forward.tiles = ceil_div(chunk_.forward.tokens, kTileTokens);
+      chunk_.first = first == 0;
+      chunk_.last = left <= step;
+      run_chunk(first);
+    }
+    return status_;
+  }
+
+ private:
+  template <class T>
+  T* at(std::size_t offset) const {
+    return reinterpret_cast<T*>(static_cast<std::byte*>(args_.workspace) + offset);
+  }
+
+  void then(Status status) {
+    if (status_.ok()) status_ = std::move(status);
+  }
+
+  Status zero_weights() {
+    const auto bytes = static_cast<std::size_t>(problem_.neurons * problem_.hidden) * 2;
+    for (void* grad : {args_.grad_gate, args_.grad_up, args_.grad_down}) {
+      if (grad) then(check(cudaMemsetAsync(grad, 0, bytes, stream_), "cudaMemsetAsync"));
+    }
+    return status_;
+  }
+
+  void run_chunk(std::int64_t first) {
+    const std::int64_t row = first * problem_.hidden;
+    chunk_.x = static_cast<const std::uint16_t*>(args_.x) + row;
+    chunk_.dy = static_cast<const std::uint16_t*>(args_.grad_y) + row;
+    const auto* saved = static_cast<const std::uint32_t*>(args_.saved) +
+                        first / kHalfTokens * SavedLayout(problem_).half_words;
+    then(launch_complete_masks(chunk_, saved, stream_));
+    then(launch_unions(chunk_.forward, stream_));
+    then(sm80::launch_coefficients(chunk_, args_.weights, multiprocessors_, stream_));
+    if (args_.grad_x) {
+      auto* dx = static_cast<std::uint16_t*>(args_.grad_x) + row;
+      then(sm80::launch_input_gradient(chunk_, args_.weights, dx, stream_));
+    }
+    const bool wants_projections = of_projections_[0].grad || of_projections_[1].grad;
+    if (!wants_projections && !of_down_.grad) return;
+    const std::int64_t step = layout_.blocks * kRowNeurons;
+    for (std::int64_t neuron = 0; neuron < problem_.neurons; neuron += step) {
+      rows_.first = static_cast<int>(neuron);
+      rows_.blocks = static_cast<int>(
+          ceil_div<std::int64_t>(std::min(step, problem_.neurons - neuron), kRowNeurons));
+      then(launch_neuron_rows(chunk_, rows_, stream_));
+      if (wants_projections) {
+        then(sm80::launch_projection_gradients(chunk_, rows_, of_projections_, stream_));
+      }
+      if (of_down_.grad) then(sm80::launch_down_gradient(chunk_, rows_, of_down_, stream_));
+    }
+  }
+
+  const FfnProblem problem_;
+  const int multiprocessors_;
+  const FfnBackwardArgs& args_;
+  const BackwardLayout layout_;
+  const cudaStream_t stream_;
+  BackwardChunk chunk_ = {};
+  NeuronRows rows_ = {};
+  WeightGradient of_projections_[2] = {};
+  WeightGradient of_down_ = {};
+  Status status_;
+};
+
+}  // namespace
+
+Status backward(const FfnPlan& plan, const FfnBackwardArgs& args) {
+  if (Status status = check_call(plan, args); !status.ok()) return status;
+  return Backward(plan, args).run();
+}
+
+}  // namespace twell::cuda

@@ -1,0 +1,75 @@
+#pragma once
+// The backward's intermediates and kernels. Tiles, masks, columns and unions are the forward's
+// (forward.h); three coefficients take the place of its h, each as columns by union position:
+//
+//   gated:  dg = dh ⊙ u where g > 0   du = dh ⊙ g   h = g ⊙ u
+//   plain:  dg = dh where h > 0                     h
+//
+// with dh = dy Dᵀ + grad_l1 sign(h). For the gradients of the weights, the neurons go in blocks of
+// 64, each with its own list of those tokens of the chunk that contribute, and for each of them a
+// *row*: the coefficients of the block's neurons.
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/forward.h"
+#include "cuda/layout.h"
+#include "twell/status.h"
+
+namespace twell::cuda {
+
+// What a half tile adds to a block's list of tokens, and where its coefficients are.
+struct BlockTokens {
+  std::uint32_t tokens[2];  // a bit for each of the half's 64 tokens
+  std::int32_t first;       // the block's positions in the tile's union: [first, first + count)
+  std::int32_t count;
+};
+
+static_assert(sizeof(BlockTokens) == 16);
+
+// What the kernels of one chunk of tokens share.
+struct BackwardChunk {
+  ForwardChunk forward;  // masks, unions, counts, order, schedule; neither columns nor h
+
+  const void* x;         // [tokens, hidden] from the chunk's first token on
+  const void* dy;        // the same
+  const float* grad_l1;  // null: 0
+  bool first;            // chunk of the pass
+  bool last;
+
+  std::uint32_t* nonfinite;  // [2 tiles, 2]: a bit for each token that must be on every list
+  std::uint32_t* dg;         // [2 tiles, capacity, 32]
+  std::uint32_t* du;         // the same; null for a plain block
+  std::uint32_t* h;          // the same
+};
+
+// A group of blocks of neurons, and their tokens.
+struct NeuronRows {
+  int first;     // neuron
+  int blocks;    // of kRowNeurons
+  int capacity;  // tokens of a list
+
+  BlockTokens* parts;          // [blocks, 2 tiles]
+  std::int32_t* tokens;        // [blocks, capacity]: of the chunk, ascending
+  std::int32_t* counts;        // [blocks]
+  std::uint32_t* projections;  // [blocks, capacity, 32 or 64]: 64 dg, and 64 du of a gated block
+  std::uint32_t* hidden;       // [blocks, capacity, 32]: 64 h
+};
+
+// The gradient of one matrix of weights [neurons, hidden]: the chunk's share is added to `totals`
+// (null where there is one chunk only), and the sum becomes `grad` with the last chunk.
+struct WeightGradient {
+  void* grad;  // null: not wanted
+  float* totals;
+};
+
+// masks ← those of the forward, completed; nonfinite; and resets the schedule. A NaN or an infinity
+// in dy or in grad_l1 reaches every neuron, active or not, as 0 · inf is NaN.
+Status launch_complete_masks(const BackwardChunk& chunk, const std::uint32_t* saved_masks,
+                             cudaStream_t stream);
+
+// All of `rows` ← coefficients.
+Status launch_neuron_rows(const BackwardChunk& chunk, const NeuronRows& rows, cudaStream_t stream);
+
+}  // namespace twell::cuda

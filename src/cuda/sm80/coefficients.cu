@@ -1,0 +1,143 @@
+// What the gradients are made of, over the unions of a chunk: g, u (of x) and dh (of dy), for 128
+// tokens and 64 union neurons at a time, and from them dg, du and h. g and u are made anew rather
+// than kept since the forward: over a union that costs little, and saves their memory. Both are
+// rounded to bf16, u as on the CPU and in PyTorch.
+
+#include "cuda/check.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/sm80/product.cuh"
+#include "cuda/sm80/products.h"
+
+namespace twell::cuda::sm80 {
+namespace {
+
+constexpr int kGroups = kUnionStep / kWarpsPerHalf / 8;
+
+// A thread's values as columns hold them, in the order of Sums<kUnionStep>.
+using Words = std::uint32_t[kSubtiles][kGroups][2];
+
+struct Weights {
+  const __nv_bfloat16* gate;  // of the projection that decides: U for a plain block
+  const __nv_bfloat16* up;
+  const __nv_bfloat16* down;
+};
+
+// Sums to columns, by pack(token's, that of the token 8 further on).
+template <class Pack>
+__device__ __forceinline__ void to_words(Words& words, const Sums<kUnionStep>& sums,
+                                         const Pack& pack) {
+#pragma unroll
+  for (int i = 0; i < kSubtiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int parity = 0; parity < 2; ++parity) {
+        words[i][j][parity] = pack(sums[i][j][parity], sums[i][j][2 + parity]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float sign(float value) { return (value > 0) - (value < 0); }
+
+// Of one token and neuron. Where g is 0, so is dg, even if dh or u is no number.
+struct Coefficients {
+  float dg, du;
+
+  __device__ __forceinline__ Coefficients(float g, float u, float h, float sum, float grad_l1) {
+    const float dh = sum + grad_l1 * sign(h);
+    dg = g <= 0 ? 0 : dh * u;
+    du = dh * g;
+  }
+};
+
+// Positions [first, first + 64) of a tile's union, of which some may be padding.
+template <bool kGated>
+__device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
+                                                  const Weights& weights, float grad_l1, int tile,
+                                                  int first) {
+  const ForwardChunk& forward = chunk.forward;
+  const UnionEntry* entries =
+      forward.unions + static_cast<std::size_t>(tile) * forward.capacity + first;
+  Sums<kUnionStep> sums;
+  const auto product = [&](const void* rows, const __nv_bfloat16* matrix) {
+    InnerSource<kTileTokens> tokens =
+        tokens_of(forward, static_cast<const __nv_bfloat16*>(rows), tile);
+    InnerSource<kUnionStep> neurons(
+        matrix, forward.hidden, [&](int position) -> const __nv_bfloat16* {
+          const UnionEntry entry = entries[position];
+          if (!entry.in_use()) return nullptr;
+          return matrix + static_cast<std::size_t>(entry.row()) * forward.hidden;
+        });
+    multiply<kUnionStep, Major::kInner>(sums, ceil_div(forward.hidden, kStep), tokens, neurons);
+  };
+  Words g, u;
+  product(chunk.x, weights.gate);
+  to_words(g, sums, ptx::pack_relu);
+  if constexpr (kGated) {
+    product(chunk.x, weights.up);
+    to_words(u, sums, ptx::pack);
+  }
+  product(chunk.dy, weights.down);
+
+  const int warp = threadIdx.x / 32;
+  const int half = warp / kWarpsPerHalf;
+  const int mine = warp % kWarpsPerHalf * (kGroups * 8) + threadIdx.x % 4 * 2;
+  const std::size_t place =
+      (static_cast<std::size_t>(2 * tile + half) * forward.capacity + first) * kColumnWords +
+      threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      const int position = mine + 8 * j + parity;
+      const UnionEntry entry = entries[position];
+#pragma unroll
+      for (int i = 0; i < kSubtiles; ++i) {
+        // As in the forward, a neuron that the half does not use has g = 0 for its tokens.
+        const std::uint32_t gate = entry.in_half(half) ? g[i][j][parity] : 0;
+        const float g_low = ptx::low_half(gate), g_high = ptx::high_half(gate);
+        const float u_low = kGated ? ptx::low_half(u[i][j][parity]) : 1;
+        const float u_high = kGated ? ptx::high_half(u[i][j][parity]) : 1;
+        const std::uint32_t h = kGated ? ptx::pack(g_low * u_low, g_high * u_high) : gate;
+        const Coefficients low(g_low, u_low, ptx::low_half(h), sums[i][j][parity], grad_l1);
+        const Coefficients high(g_high, u_high, ptx::high_half(h), sums[i][j][2 + parity], grad_l1);
+        const std::size_t at = place + position * kColumnWords + 8 * i;
+        const bool in_use = entry.in_use();  // padding is no 0 · inf
+        chunk.dg[at] = in_use ? ptx::pack(low.dg, high.dg) : 0;
+        if constexpr (kGated) chunk.du[at] = in_use ? ptx::pack(low.du, high.du) : 0;
+        chunk.h[at] = in_use ? h : 0;
+      }
+    }
+  }
+}
+
+template <bool kGated>
+__global__ void __launch_bounds__(kThreads, kResident)
+    coefficients_kernel(const BackwardChunk chunk, const Weights weights) {
+  const Schedule& schedule = *chunk.forward.schedule;
+  const float grad_l1 = chunk.grad_l1 ? *chunk.grad_l1 : 0;
+#pragma unroll 1
+  for (int i = blockIdx.x; i < schedule.item_count; i += gridDim.x) {
+    const UnionItem item = schedule.items[i];
+    const int first = item.first * kUnionItem;
+#pragma unroll 1
+    for (int step = 0; step <= item.steps; ++step) {
+      make_coefficients<kGated>(chunk, weights, grad_l1, item.tile, first + step * kUnionStep);
+    }
+  }
+}
+
+}  // namespace
+
+Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+                           int multiprocessors, cudaStream_t stream) {
+  const bool gated = weights.gate != nullptr;
+  const auto* up = static_cast<const __nv_bfloat16*>(weights.up);
+  const Weights own = {gated ? static_cast<const __nv_bfloat16*>(weights.gate) : up, up,
+                       static_cast<const __nv_bfloat16*>(weights.down)};
+  return launch(gated ? coefficients_kernel<true> : coefficients_kernel<false>,
+                kResident * multiprocessors, kThreads, kSharedBytes, stream, chunk, own);
+}
+
+}  // namespace twell::cuda::sm80

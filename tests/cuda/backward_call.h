@@ -1,0 +1,259 @@
+#pragma once
+// What the tests of the CUDA backward share.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/layout.h"
+#include "forward_call.h"
+
+namespace twell {
+
+// A block and the gradients of its outputs. Elements are multiples of 1/16 (x, grad_y) and of 1/64
+// (weights), so that float32 sums of their products are exact, and the same neurons are active for
+// every order of summation.
+struct TrainingBlock : Block {
+  std::vector<bf16> grad_y;
+  float grad_l1 = 0.25f;
+
+  TrainingBlock(FfnKind kind, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
+                double density)
+      : Block(kind, tokens, hidden, neurons, density) {
+    std::mt19937_64 random(7);
+    std::normal_distribution<float> normal;
+    grad_y.resize(x.size());
+    for (bf16& v : grad_y) v = to_bf16(normal(random));
+    snap(x, 16);
+    snap(grad_y, 16);
+    for (std::vector<bf16>* weights : {&gate, &up, &down}) snap(*weights, 64);
+  }
+
+  // All elements become -1, 0 or 1: where sums are small, only the gradients themselves are
+  // rounded.
+  void make_small() {
+    std::mt19937_64 random(11);
+    for (std::vector<bf16>* values : {&x, &gate, &up, &down, &grad_y}) {
+      for (bf16& v : *values) v = to_bf16(static_cast<float>(random() % 3) - 1);
+    }
+    grad_l1 = 1;
+  }
+
+  bool gated() const { return problem.kind == FfnKind::kGated; }
+
+  // The neuron is active for every token, or for none, as `value` is positive or negative.
+  void set_bias(std::int64_t neuron, float value) {
+    (gated() ? gate : up)[neuron * problem.hidden] = to_bf16(value);
+  }
+
+ private:
+  static void snap(std::vector<bf16>& values, float steps) {
+    const float most = 255 / steps;  // eight bits
+    for (bf16& v : values) {
+      v = to_bf16(std::clamp(std::round(to_float(v) * steps) / steps, -most, most));
+    }
+  }
+};
+
+struct Gradients {
+  std::vector<double> x, gate, up, down;
+};
+
+inline double no_rounding(double value) { return value; }
+inline double to_nearest_bf16(double value) { return to_float(to_bf16(static_cast<float>(value))); }
+
+inline std::vector<double> transposed(const std::vector<double>& a, std::int64_t rows,
+                                      std::int64_t columns) {
+  std::vector<double> out(a.size());
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; ++c) out[c * rows + r] = a[r * columns + c];
+  }
+  return out;
+}
+
+// The dense block's backward, from g in bf16. `round` is applied wherever PyTorch's autograd stores
+// a tensor.
+template <class Round>
+Gradients dense_gradients(const TrainingBlock& block, const Round& round) {
+  const auto [kind, dtype, tokens, hidden, neurons] = block.problem;
+  const auto rounded = [&](std::vector<double> values) {
+    for (double& v : values) v = round(v);
+    return values;
+  };
+  // Sums over hidden, over neurons, over tokens.
+  const auto to_neurons = [&](const std::vector<bf16>& rows, const std::vector<bf16>& weights) {
+    return rounded(product(widen(rows), widen(weights), tokens, neurons, hidden));
+  };
+  const auto to_hidden = [&](const std::vector<double>& rows, const std::vector<bf16>& weights) {
+    return rounded(
+        product(rows, transposed(widen(weights), neurons, hidden), tokens, hidden, neurons));
+  };
+  const auto to_weights = [&](const std::vector<double>& rows, const std::vector<bf16>& inputs) {
+    return rounded(product(transposed(rows, tokens, neurons),
+                           transposed(widen(inputs), tokens, hidden), neurons, hidden, tokens));
+  };
+  const bool gated = block.gated();
+  const std::vector<double> g = block.gate_values();
+  const std::vector<double> u =
+      gated ? to_neurons(block.x, block.up) : std::vector<double>(g.size(), 1);
+  const std::vector<double> sums = to_neurons(block.grad_y, block.down);
+  std::vector<double> h(g.size()), dg(g.size()), du(g.size());
+  for (std::size_t i = 0; i < g.size(); ++i) {
+    h[i] = round(g[i] * u[i]);
+    const double of_l1 = round(block.grad_l1 * ((h[i] > 0) - (h[i] < 0)));
+    const double dh = round(sums[i] + of_l1);
+    dg[i] = g[i] <= 0 ? 0 : round(dh * u[i]);
+    du[i] = round(dh * g[i]);
+  }
+  Gradients out;
+  out.down = to_weights(h, block.grad_y);
+  if (!gated) {
+    out.x = to_hidden(dg, block.up);
+    out.up = to_weights(dg, block.x);
+    return out;
+  }
+  out.x = to_hidden(dg, block.gate);
+  const std::vector<double> through_up = to_hidden(du, block.up);
+  for (std::size_t i = 0; i < out.x.size(); ++i) out.x[i] = round(out.x[i] + through_up[i]);
+  out.gate = to_weights(dg, block.x);
+  out.up = to_weights(du, block.x);
+  return out;
+}
+
+inline FfnPlan training_plan(const FfnProblem& problem, const Device& device,
+                             int chunk_tokens = 0) {
+  PlanOptions options;
+  options.path = FfnPath::kSparse;
+  options.training = true;
+  const Result<FfnPlan> made = plan_ffn(problem, device, options);
+  EXPECT_TRUE(made.ok()) << made.status().message();
+  FfnPlan plan = made.value();
+  if (chunk_tokens > 0) {
+    plan.chunk_tokens = chunk_tokens;
+    plan.workspace_bytes = cuda::ForwardLayout(plan).bytes;
+    plan.backward_workspace_bytes = cuda::BackwardLayout(plan).bytes;
+  }
+  return plan;
+}
+
+// A block's training step on the device, with poisoned outputs, workspaces and saved tensors.
+struct TrainingCall {
+  Call forward;
+  DeviceBuffer saved, grad_y, grad_l1, grad_x, grad_gate, grad_up, grad_down, workspace;
+
+  TrainingCall(const FfnPlan& plan, const TrainingBlock& block)
+      : forward(plan, block),
+        saved(plan.saved_bytes),
+        grad_y(block.grad_y),
+        grad_l1(std::vector<float>{block.grad_l1}),
+        grad_x(block.x.size() * sizeof(bf16)),
+        grad_gate(block.gate.size() * sizeof(bf16)),
+        grad_up(block.up.size() * sizeof(bf16)),
+        grad_down(block.down.size() * sizeof(bf16)),
+        workspace(plan.backward_workspace_bytes) {}
+
+  FfnBackwardArgs arguments(cudaStream_t stream = nullptr) const {
+    const bool gated = forward.plan.problem.kind == FfnKind::kGated;
+    FfnBackwardArgs args;
+    args.grad_y = grad_y.as();
+    args.grad_l1 = grad_l1.as();
+    args.x = forward.x.as();
+    args.weights = {gated ? forward.gate.as() : nullptr, forward.up.as(), forward.down.as()};
+    args.saved = saved.as();
+    args.grad_x = grad_x.as();
+    args.grad_gate = gated ? grad_gate.as() : nullptr;
+    args.grad_up = grad_up.as();
+    args.grad_down = grad_down.as();
+    args.workspace = workspace.as();
+    args.stream = stream;
+    return args;
+  }
+
+  Status run(cudaStream_t stream = nullptr) {
+    const Status status = forward.run(stream, saved.as());
+    return status.ok() ? ffn_backward(forward.plan, arguments(stream)) : status;
+  }
+
+  // Their bits, in the order x, gate, up, down.
+  std::vector<std::vector<std::uint16_t>> gradients() const {
+    return {grad_x.download<std::uint16_t>(), grad_gate.download<std::uint16_t>(),
+            grad_up.download<std::uint16_t>(), grad_down.download<std::uint16_t>()};
+  }
+
+  void expect_guards_intact() const {
+    for (const DeviceBuffer* buffer : {&forward.y, &forward.workspace, &saved, &grad_y, &grad_l1,
+                                       &grad_x, &grad_gate, &grad_up, &grad_down, &workspace}) {
+      EXPECT_TRUE(buffer->guard_intact());
+    }
+  }
+};
+
+class CudaBackward : public GpuTest {
+ protected:
+  // The gradients against float64, and against the error of PyTorch's.
+  void check(const TrainingBlock& block, const std::string& name, int chunk_tokens = 0) {
+    const Gradients exact = dense_gradients(block, no_rounding);
+    const Gradients pytorch = dense_gradients(block, to_nearest_bf16);
+    for (const Device& device : devices) {
+      SCOPED_TRACE(name + " as sm_" + std::to_string(device.compute_capability));
+      TrainingCall call(training_plan(block.problem, device, chunk_tokens), block);
+      const Status status = call.run();
+      ASSERT_TRUE(status.ok()) << status.message();
+      require_cuda(cudaDeviceSynchronize());
+      expect_close("x", call.grad_x, exact.x, pytorch.x);
+      if (block.gated()) expect_close("gate", call.grad_gate, exact.gate, pytorch.gate);
+      expect_close("up", call.grad_up, exact.up, pytorch.up);
+      expect_close("down", call.grad_down, exact.down, pytorch.down);
+      call.expect_guards_intact();
+    }
+  }
+
+  // Where all sums are exact and only the gradients themselves are rounded, they are the nearest
+  // bf16, in chunks or not.
+  void check_exact(const FfnProblem& problem, int chunk_tokens = 0) {
+    TrainingBlock block(problem.kind, problem.tokens, problem.hidden, problem.neurons, 0.5);
+    block.make_small();
+    const Gradients exact = dense_gradients(block, no_rounding);
+    for (const Device& device : devices) {
+      SCOPED_TRACE(name_of(problem, 0.5) + " as sm_" + std::to_string(device.compute_capability) +
+                   " in chunks of " + std::to_string(chunk_tokens));
+      TrainingCall call(training_plan(problem, device, chunk_tokens), block);
+      ASSERT_TRUE(call.run().ok());
+      expect_nearest("x", call.grad_x, exact.x);
+      expect_nearest("gate", call.grad_gate, exact.gate);
+      expect_nearest("up", call.grad_up, exact.up);
+      expect_nearest("down", call.grad_down, exact.down);
+    }
+  }
+
+ private:
+  static void expect_nearest(const char* name, const DeviceBuffer& buffer,
+                             const std::vector<double>& exact) {
+    const std::vector<bf16> got = buffer.download<bf16>();
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+      ASSERT_EQ(to_float(got[i]), to_nearest_bf16(exact[i])) << "grad_" << name << " element " << i;
+    }
+  }
+
+  static void expect_close(const char* name, const DeviceBuffer& buffer,
+                           const std::vector<double>& exact, const std::vector<double>& pytorch) {
+    const std::vector<bf16> got = buffer.download<bf16>();
+    double error = 0, allowed = 0;
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+      const double value = to_float(got[i]);
+      if (exact[i] == 0 && pytorch[i] == 0) {
+        ASSERT_EQ(value, 0) << "grad_" << name << " element " << i;
+        continue;
+      }
+      error += (value - exact[i]) * (value - exact[i]);
+      allowed += (pytorch[i] - exact[i]) * (pytorch[i] - exact[i]);
+    }
+    EXPECT_LE(std::sqrt(error), 1.1 * std::sqrt(allowed)) << "grad_" << name;
+  }
+};
+
+}  // namespace twell

@@ -1,0 +1,285 @@
+// The CUDA backward against a float64 oracle.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "backward_call.h"
+
+namespace twell {
+namespace {
+
+constexpr FfnKind kKinds[] = {FfnKind::kGated, FfnKind::kPlain};
+
+TEST_F(CudaBackward, MatchesFloat64AtEveryShapeAndDensity) {
+  struct Size {
+    std::int64_t tokens, hidden, neurons;
+  };
+  for (const FfnKind kind : kKinds) {
+    for (const Size size : {Size{1, 72, 264},
+                            {65, 136, 72},
+                            {127, 72, 136},
+                            {128, 8, 520},
+                            {129, 200, 72},
+                            {200, 136, 264},
+                            {300, 40, 136}}) {
+      for (const double density : {0.0, 0.05, 0.5, 1.0}) {
+        const TrainingBlock block(kind, size.tokens, size.hidden, size.neurons, density);
+        check(block, name_of(block.problem, density));
+      }
+    }
+  }
+}
+
+TEST_F(CudaBackward, IsExactWhereSumsAre) {
+  for (const FfnKind kind : kKinds) {
+    for (const std::int64_t neurons : {8, 72, 264}) {
+      for (const int chunk_tokens : {0, 128, 256}) {
+        check_exact({kind, DType::kBf16, 300, 8, neurons}, chunk_tokens);
+      }
+    }
+    check_exact({kind, DType::kBf16, 8200, 8, 8});  // more than a chunk
+  }
+}
+
+TEST_F(CudaBackward, MatchesFloat64InChunksAndGroupsOfNeurons) {
+  check(TrainingBlock(FfnKind::kGated, 400, 40, 264, 0.05), "chunks of 128", 128);
+  check(TrainingBlock(FfnKind::kPlain, 400, 40, 264, 0.3), "chunks of 256", 256);
+  check(TrainingBlock(FfnKind::kGated, 65, 24, 2120, 0.02), "two groups");
+}
+
+TEST_F(CudaBackward, MatchesFloat64AtUnevenPatterns) {
+  for (const FfnKind kind : kKinds) {
+    TrainingBlock one_neuron(kind, 150, 72, 136, 0);
+    one_neuron.set_bias(133, 3.5f);
+    check(one_neuron, "one neuron for every token");
+
+    TrainingBlock hot(kind, 200, 72, 264, 0.02);
+    for (const int n : {0, 64, 127, 263}) hot.set_bias(n, 3.5f);
+    check(hot, "hot neurons");
+
+    TrainingBlock heavy_token(kind, 200, 64, 264, 0);
+    heavy_token.x[77 * 64] = to_bf16(-8.0f);  // the bias, the other way round
+    check(heavy_token, "one heavy token");
+
+    TrainingBlock one_tile(kind, 300, 64, 136, 1);
+    for (std::int64_t t = 0; t < 300; ++t) {
+      if (t / 128 != 1) one_tile.x[t * 64] = to_bf16(-8.0f);
+    }
+    check(one_tile, "one busy tile");
+  }
+}
+
+TEST_F(CudaBackward, TakesNoTokens) {
+  for (const FfnKind kind : kKinds) check(TrainingBlock(kind, 0, 24, 72, 0.5), "none");
+}
+
+TEST_F(CudaBackward, SavesLittleAndLeavesItAsItWas) {
+  const TrainingBlock block(FfnKind::kGated, 200, 72, 264, 0.1);
+  for (const Device& device : devices) {
+    TrainingCall call(training_plan(block.problem, device), block);
+    EXPECT_EQ(call.forward.plan.saved_bytes, 4u * 512 / 8);  // half tiles, neurons in blocks of 256
+    ASSERT_TRUE(call.run().ok());
+    const std::vector<std::uint32_t> saved = call.saved.download<std::uint32_t>();
+    ASSERT_TRUE(ffn_backward(call.forward.plan, call.arguments()).ok());
+    EXPECT_EQ(call.saved.download<std::uint32_t>(), saved);
+
+    Call without(sparse_plan(block.problem, device), block);  // what is saved leaves y alone
+    ASSERT_TRUE(without.run().ok());
+    EXPECT_EQ(without.y.download<std::uint16_t>(), call.forward.y.download<std::uint16_t>());
+  }
+}
+
+TEST_F(CudaBackward, EachOutputIsOptional) {
+  for (const FfnKind kind : kKinds) {
+    const TrainingBlock block(kind, 150, 24, 72, 0.3);
+    for (const Device& device : devices) {
+      const FfnPlan plan = training_plan(block.problem, device, 128);
+      TrainingCall call(plan, block);
+      const auto untouched = call.gradients();
+      ASSERT_TRUE(call.run().ok());
+      const auto all = call.gradients();
+      for (int subset = 0; subset < 16; ++subset) {
+        SCOPED_TRACE("subset " + std::to_string(subset));
+        TrainingCall some(plan, block);
+        ASSERT_TRUE(some.forward.run(nullptr, some.saved.as()).ok());
+        FfnBackwardArgs args = some.arguments();
+        if ((subset & 1) == 0) args.grad_x = nullptr;
+        if ((subset & 2) == 0) args.grad_gate = nullptr;
+        if ((subset & 4) == 0) args.grad_up = nullptr;
+        if ((subset & 8) == 0) args.grad_down = nullptr;
+        ASSERT_TRUE(ffn_backward(plan, args).ok());
+        const auto got = some.gradients();
+        for (int i = 0; i < 4; ++i) EXPECT_EQ(got[i], (subset >> i & 1 ? all : untouched)[i]) << i;
+        some.expect_guards_intact();
+      }
+    }
+  }
+}
+
+TEST_F(CudaBackward, TakesNoGradientOfL1AsZero) {
+  TrainingBlock block(FfnKind::kGated, 70, 24, 72, 0.3);
+  block.grad_l1 = 0;
+  for (const Device& device : devices) {
+    TrainingCall zero(training_plan(block.problem, device), block);
+    ASSERT_TRUE(zero.run().ok());
+    const auto want = zero.gradients();
+    FfnBackwardArgs args = zero.arguments();
+    args.grad_l1 = nullptr;
+    zero.workspace.poison();
+    ASSERT_TRUE(ffn_backward(zero.forward.plan, args).ok());
+    EXPECT_EQ(zero.gradients(), want);
+  }
+}
+
+// At u = 0 a neuron is active with h = 0, where the L1 term has no gradient.
+TEST_F(CudaBackward, L1HasNoGradientAtZero) {
+  TrainingBlock block(FfnKind::kGated, 70, 24, 72, 1);
+  block.grad_l1 = 3;
+  for (bf16& v : block.grad_y) v = to_bf16(0);
+  for (int k = 0; k < 24; ++k) block.up[5 * 24 + k] = to_bf16(0);
+  check(block, "L1 only");
+  for (const Device& device : devices) {
+    TrainingCall call(training_plan(block.problem, device), block);
+    ASSERT_TRUE(call.run().ok());
+    const std::vector<bf16> gate = call.grad_gate.download<bf16>();
+    const std::vector<bf16> up = call.grad_up.download<bf16>();
+    for (int n = 0; n < 72; ++n) {
+      double size = 0;
+      for (int k = 0; k < 24; ++k) {
+        size += std::abs(to_float(gate[n * 24 + k])) + std::abs(to_float(up[n * 24 + k]));
+      }
+      EXPECT_EQ(size == 0, n == 5) << n;
+    }
+  }
+}
+
+// NaN where the dense block has NaN, an infinity where it has that, a number elsewhere.
+void expect_same_class(const char* name, const DeviceBuffer& buffer,
+                       const std::vector<double>& want) {
+  const std::vector<bf16> got = buffer.download<bf16>();
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const double value = to_float(got[i]);
+    const bool same = std::isnan(want[i])   ? std::isnan(value)
+                      : std::isinf(want[i]) ? value == want[i]
+                                            : std::isfinite(value);
+    ASSERT_TRUE(same) << "grad_" << name << " element " << i << ": " << value << ", wanted "
+                      << want[i];
+  }
+}
+
+void expect_same_classes(const TrainingCall& call, const Gradients& want) {
+  expect_same_class("x", call.grad_x, want.x);
+  expect_same_class("gate", call.grad_gate, want.gate);
+  expect_same_class("up", call.grad_up, want.up);
+  expect_same_class("down", call.grad_down, want.down);
+}
+
+TEST_F(CudaBackward, SpreadsNanAndInfinityAsDense) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const FfnKind kind : kKinds) {
+    for (const float bad : {nan, infinity, -infinity}) {
+      for (const double density : {0.0, 0.1}) {
+        const TrainingBlock good(kind, 150, 24, 72, density);
+        TrainingBlock bad_x = good, bad_dy = good, bad_both = good, bad_l1 = good;
+        bad_x.x[2 * 24 + 3] = to_bf16(bad);
+        bad_dy.grad_y[140 * 24 + 7] = to_bf16(bad);
+        bad_both.x[2 * 24 + 3] = to_bf16(bad);
+        bad_both.grad_y[2 * 24 + 9] = bad_both.grad_y[70 * 24] = to_bf16(bad);
+        bad_l1.grad_l1 = bad;
+        for (const TrainingBlock& block : {bad_x, bad_dy, bad_both, bad_l1}) {
+          const Gradients want = dense_gradients(block, no_rounding);
+          for (const Device& device : devices) {
+            SCOPED_TRACE(name_of(block.problem, density) + ", value " + std::to_string(bad) +
+                         " as sm_" + std::to_string(device.compute_capability));
+            TrainingCall call(training_plan(block.problem, device), block);
+            ASSERT_TRUE(call.run().ok());
+            expect_same_classes(call, want);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A token of which every neuron is silent, with h = 0, and whose x still spreads: 0 · inf is NaN.
+TEST_F(CudaBackward, SpreadsInfinityOfASilentToken) {
+  TrainingBlock block(FfnKind::kPlain, 150, 24, 72, 0.1);
+  block.x[140 * 24 + 3] = to_bf16(std::numeric_limits<float>::infinity());
+  for (int n = 0; n < 72; ++n) block.up[n * 24 + 3] = to_bf16(-1);
+  const Gradients want = dense_gradients(block, no_rounding);
+  EXPECT_TRUE(std::isnan(want.up[3]));
+  for (const Device& device : devices) {
+    TrainingCall call(training_plan(block.problem, device), block);
+    ASSERT_TRUE(call.run().ok());
+    expect_same_classes(call, want);
+  }
+}
+
+// It makes the neuron active for the tokens beyond the last one too, which must not be read.
+TEST_F(CudaBackward, SpreadsNanOfADecidingWeight) {
+  for (const FfnKind kind : kKinds) {
+    TrainingBlock block(kind, 150, 24, 72, 0.1);
+    block.set_bias(40, std::numeric_limits<float>::quiet_NaN());
+    const Gradients want = dense_gradients(block, no_rounding);
+    for (const Device& device : devices) {
+      TrainingCall call(training_plan(block.problem, device), block);
+      ASSERT_TRUE(call.run().ok());
+      expect_same_classes(call, want);
+    }
+  }
+}
+
+TEST_F(CudaBackward, LeavesTheWeightsOfASilentNeuronUnread) {
+  for (const FfnKind kind : kKinds) {
+    TrainingBlock good(kind, 150, 24, 72, 0.3);
+    good.set_bias(7, -3.5f);
+    TrainingBlock bad = good;
+    bad.down[7 * 24 + 3] = to_bf16(std::numeric_limits<float>::infinity());
+    if (good.gated()) bad.up[7 * 24 + 3] = to_bf16(std::numeric_limits<float>::quiet_NaN());
+    for (const Device& device : devices) {
+      const FfnPlan plan = training_plan(good.problem, device);
+      TrainingCall clean(plan, good), got(plan, bad);
+      ASSERT_TRUE(clean.run().ok());
+      ASSERT_TRUE(got.run().ok());
+      EXPECT_EQ(got.gradients(), clean.gradients());
+    }
+  }
+}
+
+TEST_F(CudaBackward, IsBitwiseReproducible) {
+  const TrainingBlock block(FfnKind::kGated, 300, 40, 136, 0.1);
+  for (const Device& device : devices) {
+    TrainingCall call(training_plan(block.problem, device, 256), block);
+    ASSERT_TRUE(call.run().ok());
+    const auto want = call.gradients();
+    for (int run = 0; run < 3; ++run) {
+      for (DeviceBuffer* buffer : {&call.grad_x, &call.grad_gate, &call.grad_up, &call.grad_down,
+                                   &call.saved, &call.workspace, &call.forward.workspace}) {
+        buffer->poison();
+      }
+      ASSERT_TRUE(call.run().ok());
+      EXPECT_EQ(call.gradients(), want);
+    }
+  }
+}
+
+TEST_F(CudaBackward, RefusesByName) {
+  const TrainingBlock block(FfnKind::kGated, 16, 24, 72, 0.5);
+  TrainingCall call(training_plan(block.problem, devices[0]), block);
+  FfnBackwardArgs args = call.arguments();
+  args.grad_x = call.grad_x.as<bf16>() + 1;
+  Status status = ffn_backward(call.forward.plan, args);
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("grad_x is at an address of remainder 2 modulo 16"),
+            std::string::npos)
+      << status.message();
+}
+
+}  // namespace
+}  // namespace twell
