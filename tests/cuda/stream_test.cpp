@@ -1,4 +1,4 @@
-// The CUDA forward run again and again: the same bits, and in a CUDA graph.
+// The CUDA forward and backward run again and again: the same bits, and in a CUDA graph.
 
 #include <gtest/gtest.h>
 
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "forward_call.h"
+#include "backward_call.h"
 
 namespace twell {
 namespace {
@@ -44,6 +44,37 @@ TEST_P(CudaStream, IsBitwiseReproducible) {
       EXPECT_EQ(std::memcmp(y.data(), first_y.data(), y.size() * sizeof(bf16)), 0);
       EXPECT_EQ(l1, first_l1);
     }
+  });
+}
+
+TEST_P(CudaStream, TrainingReplaysInAGraph) {
+  const TrainingBlock block(FfnKind::kGated, GetParam(), 136, 776, 0.05);
+  on_every_device([&](const Device& device) {
+    TrainingCall call(training_plan(block.problem, device), block);
+    ASSERT_TRUE(call.run().ok());
+    const auto want = call.gradients();
+    cudaStream_t stream;
+    require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    require_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    const Status status = call.run(stream);
+    require_cuda(cudaStreamEndCapture(stream, &graph));
+    ASSERT_TRUE(status.ok()) << status.message();
+    require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+    for (int run = 0; run < 20; ++run) {
+      for (DeviceBuffer* buffer : {&call.grad_x, &call.grad_gate, &call.grad_up, &call.grad_down,
+                                   &call.saved, &call.workspace, &call.forward.workspace}) {
+        buffer->poison();
+      }
+      require_cuda(cudaDeviceSynchronize());
+      require_cuda(cudaGraphLaunch(executable, stream));
+      require_cuda(cudaStreamSynchronize(stream));
+      EXPECT_EQ(call.gradients(), want);
+    }
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
   });
 }
 
