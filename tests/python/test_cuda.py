@@ -5,6 +5,7 @@ import torch
 from ffn_cases import dense, make_block, reference, relative_error
 
 import twell
+from twell import functional
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +35,31 @@ def test_forward(kind, shape, density):
 def test_opcheck(kind):
     block = make_block(37, 64, 136, kind=kind).to("cuda")
     torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, False))
+    saved = torch.ops.twell.ffn_forward(*block.operands, True)[4]
+    grads = torch.randn_like(block.x), torch.tensor(0.25, device="cuda")
+    torch.library.opcheck(torch.ops.twell.ffn_backward, (*grads, *block.operands, saved))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(20, 264, 1000), (700, 128, 512)], ids=str)
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_gradients(kind, shape, density):
+    block = make_block(*shape, kind=kind, density=density)
+    grad_y = torch.randn_like(block.x)
+
+    def gradients(block, path):
+        leaves = [t.detach().requires_grad_() for t in block.operands if t is not None]
+        out = (functional.ffn if kind == "plain" else functional.gated_ffn)(*leaves, path=path)
+        y_part = (out.y * grad_y.to(out.y)).sum(dtype=torch.float64)
+        found = torch.autograd.grad(y_part + 0.25 * out.l1, leaves)
+        return [gradient.cpu() for gradient in found]
+
+    exact = gradients(block.to(torch.float64), "dense")
+    on_device = block.to("cuda")
+    found, rival = (gradients(on_device, path) for path in ("twell", "dense"))
+    for ours, dense_one, expected in zip(found, rival, exact, strict=True):
+        allowed = 1.1 * relative_error(dense_one, expected)
+        assert relative_error(ours, expected) <= allowed + 1e-12
 
 
 def test_the_current_stream_is_used():
