@@ -23,7 +23,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct CompactFlags {
-  RunOptions run;
+  // The planner might choose one form before and another after, whose roundings differ.
+  RunOptions run{.ffn = "dense"};
   TextRun text;
   std::string model;
   std::string out;

@@ -57,8 +57,8 @@ FfnPlan plan_for(const torch::Tensor& x, int64_t neurons, FfnPath path, bool tra
                  const FfnDensity& density);
 
 // One layer's choice in FfnMode::kAuto. It measures a tile every kInterval observations, keeps a
-// running mean and asks the planner. Plain state, stored in training checkpoints so that a resumed run
-// chooses alike.
+// running mean and asks the planner. Plain state, stored in training checkpoints so that a resumed
+// run chooses alike.
 struct FfnChooser {
   static constexpr int64_t kInterval = 16;  // a tile costs less than 1/100 of such a stretch
   static constexpr double kMemory = 0.75;   // weight of the past in the running mean

@@ -101,8 +101,12 @@ def test_keeps_the_dtype_and_says_what_it_did(tmp_path, data):
     assert f"of {NEURONS} neurons per layer" in lines and "perplexity" in lines
     weights = load_file(out / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    report = twell_json("eval", "--model", out, "--data", text, "--ffn", "twell")
-    assert f"perplexity {report['perplexity']:.2f}"[:-1] in lines
+    perplexity = {}
+    for name, model in (("after", out), ("before", folder)):
+        report = twell_json("eval", "--model", model, "--data", text, "--ffn", "dense")
+        perplexity[name] = report["perplexity"]
+    assert math.isclose(perplexity["after"], perplexity["before"], rel_tol=2e-3)  # bf16
+    assert f"perplexity {perplexity['after']:.4f}, before {perplexity['before']:.4f}" in lines
 
 
 def test_refuses_by_name(tmp_path, data):

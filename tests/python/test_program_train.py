@@ -223,7 +223,7 @@ def test_accumulation_is_a_larger_batch(inputs, tmp_path):
     for batch, parts in ((8, 1), (4, 2), (2, 4)):
         out = tmp_path / str(parts)
         split = ["--batch", batch, "--accumulate", parts]
-        twell("train", *inputs, "--out", out, *MODEL, *options, *split)
+        twell("train", *inputs, "--out", out, *MODEL, *options, *split, "--ffn", "dense")
         runs[parts] = metrics(out)
     for parts in (2, 4):
         for ours, whole in zip(runs[parts], runs[1], strict=True):
