@@ -11,6 +11,39 @@
 namespace twell {
 namespace {
 
+// What `run` launches on a stream, as a graph.
+class Captured {
+ public:
+  template <class Run>
+  explicit Captured(Run&& run) {
+    require_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    require_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    const Status status = run(stream_);
+    require_cuda(cudaStreamEndCapture(stream_, &graph_));
+    EXPECT_TRUE(status.ok()) << status.message();
+    require_cuda(cudaGraphInstantiate(&executable_, graph_, 0));
+  }
+  Captured(const Captured&) = delete;
+  Captured& operator=(const Captured&) = delete;
+  ~Captured() {
+    cudaGraphExecDestroy(executable_);
+    cudaGraphDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+
+  // After all that was launched before; waits for the end.
+  void replay() const {
+    require_cuda(cudaDeviceSynchronize());
+    require_cuda(cudaGraphLaunch(executable_, stream_));
+    require_cuda(cudaStreamSynchronize(stream_));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 class CudaStream : public GpuTest, public ::testing::WithParamInterface<int> {
  protected:
   // run(device) for each.
@@ -53,28 +86,15 @@ TEST_P(CudaStream, TrainingReplaysInAGraph) {
     TrainingCall call(training_plan(block.problem, device), block);
     ASSERT_TRUE(call.run().ok());
     const auto want = call.gradients();
-    cudaStream_t stream;
-    require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    require_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    const Status status = call.run(stream);
-    require_cuda(cudaStreamEndCapture(stream, &graph));
-    ASSERT_TRUE(status.ok()) << status.message();
-    require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+    const Captured captured([&](cudaStream_t stream) { return call.run(stream); });
     for (int run = 0; run < 20; ++run) {
       for (DeviceBuffer* buffer : {&call.grad_x, &call.grad_gate, &call.grad_up, &call.grad_down,
                                    &call.saved, &call.workspace, &call.forward.workspace}) {
         buffer->poison();
       }
-      require_cuda(cudaDeviceSynchronize());
-      require_cuda(cudaGraphLaunch(executable, stream));
-      require_cuda(cudaStreamSynchronize(stream));
+      captured.replay();
       EXPECT_EQ(call.gradients(), want);
     }
-    cudaGraphExecDestroy(executable);
-    cudaGraphDestroy(graph);
-    cudaStreamDestroy(stream);
   });
 }
 
@@ -83,29 +103,16 @@ TEST_P(CudaStream, ReplaysInAGraphWithChangingInputs) {
   const Block dense(FfnKind::kGated, GetParam(), 136, 776, 0.6);
   on_every_device([&](const Device& device) {
     Call call(sparse_plan(sparse.problem, device), sparse);
-    cudaStream_t stream;
-    require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    require_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    const Status status = call.run(stream);
-    require_cuda(cudaStreamEndCapture(stream, &graph));
-    ASSERT_TRUE(status.ok()) << status.message();
-    require_cuda(cudaGraphInstantiate(&executable, graph, 0));
+    const Captured captured([&](cudaStream_t stream) { return call.run(stream); });
     for (const Block* block : {&sparse, &dense, &sparse}) {
       call.x.upload(block->x);
       call.gate.upload(block->gate);
       call.up.upload(block->up);
       call.down.upload(block->down);
       call.y.poison();
-      require_cuda(cudaDeviceSynchronize());
-      require_cuda(cudaGraphLaunch(executable, stream));
-      require_cuda(cudaStreamSynchronize(stream));
+      captured.replay();
       EXPECT_LE(relative_error(call.y.download<bf16>(), block->output()), 0.0027);
     }
-    cudaGraphExecDestroy(executable);
-    cudaGraphDestroy(graph);
-    cudaStreamDestroy(stream);
   });
 }
 

@@ -6,33 +6,24 @@
 #include <vector>
 
 #include "cuda/backward_call.h"
-#include "simulator.h"
+#include "simulated.h"
 
 namespace twell {
 namespace {
 
-class SimulatedBackward : public GpuTest {
- protected:
-  void TearDown() override { cuda_sim::settings = saved_; }
-
- private:
-  const cuda_sim::Settings saved_ = cuda_sim::settings;
-};
+using SimulatedBackward = SimulatedTest;
 
 TEST_F(SimulatedBackward, GivesTheSameBitsWithEveryChoice) {
   for (const std::int64_t tokens : {13, 200}) {
     const TrainingBlock block(FfnKind::kGated, tokens, 72, 264, 0.05);
     std::vector<std::vector<std::uint16_t>> want;
-    for (const bool descending : {false, true}) {
-      for (const bool early_copies : {false, true}) {
-        cuda_sim::settings = {descending, early_copies};
-        TrainingCall call(training_plan(block.problem, devices[0], 128), block);
-        const Status status = call.run();
-        ASSERT_TRUE(status.ok()) << status.message();
-        if (want.empty()) want = call.gradients();
-        EXPECT_EQ(call.gradients(), want);
-      }
-    }
+    with_every_choice([&] {
+      TrainingCall call(training_plan(block.problem, devices[0], 128), block);
+      const Status status = call.run();
+      ASSERT_TRUE(status.ok()) << status.message();
+      if (want.empty()) want = call.gradients();
+      EXPECT_EQ(call.gradients(), want);
+    });
   }
 }
 

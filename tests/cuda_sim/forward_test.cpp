@@ -7,39 +7,30 @@
 #include <vector>
 
 #include "cuda/forward_call.h"
-#include "simulator.h"
+#include "simulated.h"
 
 namespace twell {
 namespace {
 
-class SimulatedForward : public GpuTest {
- protected:
-  void TearDown() override { cuda_sim::settings = saved_; }
-
- private:
-  const cuda_sim::Settings saved_ = cuda_sim::settings;
-};
+using SimulatedForward = SimulatedTest;
 
 TEST_F(SimulatedForward, GivesTheSameBitsWithEveryChoice) {
   for (const std::int64_t tokens : {13, 200}) {
     const Block block(FfnKind::kGated, tokens, 136, 520, 0.05);
     std::optional<std::vector<bf16>> y;
     std::optional<float> l1;
-    for (const bool descending : {false, true}) {
-      for (const bool early_copies : {false, true}) {
-        cuda_sim::settings = {descending, early_copies};
-        Call call(sparse_plan(block.problem, devices[0]), block);
-        const Status status = call.run();
-        ASSERT_TRUE(status.ok()) << status.message();
-        const std::vector<bf16> got = call.y.download<bf16>();
-        if (!y) {
-          y = got;
-          l1 = call.l1.download<float>()[0];
-        }
-        EXPECT_EQ(std::memcmp(got.data(), y->data(), got.size() * sizeof(bf16)), 0);
-        EXPECT_EQ(call.l1.download<float>()[0], *l1);
+    with_every_choice([&] {
+      Call call(sparse_plan(block.problem, devices[0]), block);
+      const Status status = call.run();
+      ASSERT_TRUE(status.ok()) << status.message();
+      const std::vector<bf16> got = call.y.download<bf16>();
+      if (!y) {
+        y = got;
+        l1 = call.l1.download<float>()[0];
       }
-    }
+      EXPECT_EQ(std::memcmp(got.data(), y->data(), got.size() * sizeof(bf16)), 0);
+      EXPECT_EQ(call.l1.download<float>()[0], *l1);
+    });
   }
 }
 

@@ -147,12 +147,10 @@ def wait_for_checkpoint(process, folder):
         time.sleep(0.01)
 
 
-def test_kill_at_random_moments_resumes_to_the_same_bits(trained, inputs, tmp_path):
-    whole, _ = trained
-    folder = tmp_path / "run"
-    process = start("train", *inputs, "--out", folder, *MODEL, *RUN, *STEPS)
-    moments = random.Random(5)
-    for _ in range(5):
+def kill_and_resume(process, folder, kills):
+    """Kills the run at random moments, resumes it each time, and waits for its end."""
+    moments = random.Random(kills)
+    for _ in range(kills):
         wait_for_checkpoint(process, folder)
         time.sleep(moments.uniform(0, 0.6))
         process.send_signal(signal.SIGKILL)
@@ -160,6 +158,13 @@ def test_kill_at_random_moments_resumes_to_the_same_bits(trained, inputs, tmp_pa
         process = start("train", "--resume", "--out", folder)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
+
+
+def test_kill_at_random_moments_resumes_to_the_same_bits(trained, inputs, tmp_path):
+    whole, _ = trained
+    folder = tmp_path / "run"
+    process = start("train", *inputs, "--out", folder, *MODEL, *RUN, *STEPS)
+    kill_and_resume(process, folder, kills=5)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     steps = [line["step"] for line in metrics(folder)]
@@ -200,15 +205,7 @@ def test_revival_survives_kills_to_the_same_bits(dead, inputs, tmp_path):
     options = [*inputs[:2], "--init", dead, *RUN, "--context", 32, *STEPS, "--revive-after", 9]
     assert twell_json("train", *options, "--out", whole)["revived"] >= 128
     process = start("train", *options, "--out", folder)
-    moments = random.Random(7)
-    for _ in range(4):
-        wait_for_checkpoint(process, folder)
-        time.sleep(moments.uniform(0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        process = start("train", "--resume", "--out", folder)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    kill_and_resume(process, folder, kills=4)
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     summary, other = (json.loads((f / "summary.json").read_text()) for f in (whole, folder))
     assert summary["revived"] == other["revived"]
