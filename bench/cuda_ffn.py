@@ -10,6 +10,7 @@ gradient descent on x and the gate, until their bf16 product has the pattern exa
 import argparse
 import ctypes
 import json
+import re
 import statistics
 import subprocess
 
@@ -19,10 +20,14 @@ from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 
 HIDDEN, NEURONS, TRACE_TOKENS = 2048, 5632, 4096
-KERNELS = ("gate", "unions", "up", "down", "hidden")
+KERNEL = re.compile(r"twell::cuda::.*?(\w+)_kernel")
 PREFILL = (131072, 16384, 4096, 1024, 512, 128)
 DECODE = (1, 4, 16, 32, 64)
 DECODE_LAYERS = 8  # weights in rotation, so that they come from memory
+
+
+def current_stream():
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
 
 
 class Forward:
@@ -32,7 +37,7 @@ class Forward:
         self.library = library
         self.message = ctypes.create_string_buffer(1000)
         sizes = [ctypes.c_int64(v) for v in (tokens, HIDDEN, NEURONS)]
-        self.plan = ctypes.c_void_p(library.twell_bench_plan(1, *sizes, self.message, 1000))
+        self.plan = ctypes.c_void_p(library.twell_bench_plan(0, *sizes, self.message, 1000))
         if not self.plan:
             raise RuntimeError(self.message.value.decode())
         size = library.twell_bench_workspace_bytes(self.plan)
@@ -42,9 +47,9 @@ class Forward:
         self.library.twell_bench_free(self.plan)
 
     def __call__(self, x, gate, up, down, y):
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, gate, up, down, y, self.workspace)]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        if self.library.twell_bench_forward(self.plan, *pointers, stream, self.message, 1000):
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, gate, up, down, y)]
+        rest = (None, ctypes.c_void_p(self.workspace.data_ptr()), current_stream())
+        if self.library.twell_bench_forward(self.plan, *pointers, *rest, self.message, 1000):
             raise RuntimeError(self.message.value.decode())
 
 
@@ -118,16 +123,15 @@ def median_ms(call, repeats=9):
 
 
 def stage_ms(call):
-    """Time of each kernel of one call, by the profiler; empty if it sees none."""
+    """Time of each kernel of twell in one call, by the profiler; empty if it sees none."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
         torch.cuda.synchronize()
     stages = {}
     for event in found.key_averages():
-        for name in KERNELS:
-            if f"{name}_kernel" in event.key:
-                stages[name] = round(event.device_time_total / 1000, 4)
-    return stages
+        if name := KERNEL.search(event.key):
+            stages[name[1]] = stages.get(name[1], 0) + event.device_time_total / 1000
+    return {name: round(ms, 4) for name, ms in stages.items()}
 
 
 def result(case, tokens, dense_ms, strongest_ms, twell_ms, stages, error):
@@ -201,16 +205,44 @@ def decode(library, case, x, gate, tokens):
     return result(f"{case}, graph", tokens, *times, {}, error)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def load_library(path):
+    library = ctypes.CDLL(path)
+    library.twell_bench_plan.restype = ctypes.c_void_p
+    for size in ("workspace", "saved", "backward_workspace"):
+        getattr(library, f"twell_bench_{size}_bytes").restype = ctypes.c_int64
+    return library
+
+
+def parse_arguments(description):
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--library", required=True)
     parser.add_argument("--traces", required=True)
     parser.add_argument("--json", required=True)
     parser.add_argument("--commit", default="unknown")
-    arguments = parser.parse_args()
-    library = ctypes.CDLL(arguments.library)
-    library.twell_bench_plan.restype = ctypes.c_void_p
-    library.twell_bench_workspace_bytes.restype = ctypes.c_int64
+    return parser.parse_args()
+
+
+def write_report(arguments, rows):
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, driver = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
+    report = {
+        "device": name,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": arguments.commit,
+        "hidden": HIDDEN,
+        "neurons": NEURONS,
+        "results": rows,
+    }
+    with open(arguments.json, "w") as file:
+        json.dump(report, file, indent=1)
+        file.write("\n")
+
+
+def main():
+    arguments = parse_arguments(__doc__)
+    library = load_library(arguments.library)
     torch.manual_seed(0)
     up = random_weight(NEURONS, HIDDEN**-0.5)
     down = random_weight(NEURONS, NEURONS**-0.5)
@@ -227,21 +259,7 @@ def main():
     x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(), up.roll(1, 0)
     rows += [prefill(library, "50% active", x, gate, up, down, m) for m in PREFILL[:2]]
 
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
-    report = {
-        "device": name,
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "commit": arguments.commit,
-        "hidden": HIDDEN,
-        "neurons": NEURONS,
-        "results": rows,
-    }
-    with open(arguments.json, "w") as file:
-        json.dump(report, file, indent=1)
-        file.write("\n")
+    write_report(arguments, rows)
 
 
 if __name__ == "__main__":
