@@ -17,6 +17,8 @@
 #include "cuda/check.h"
 #include "cuda/ffn.h"
 #include "cuda/sm80/products.h"
+#include "cuda/sm90/products.h"
+#include "cuda/token_lists.h"
 
 namespace twell::cuda {
 namespace {
@@ -61,7 +63,11 @@ class Backward {
     chunk_.du = gated ? at<std::uint32_t>(layout_.coefficients[1]) : nullptr;
     chunk_.h = at<std::uint32_t>(layout_.coefficients[2]);
 
-    rows_.capacity = static_cast<int>(layout_.tiles * kTileTokens);
+    if (takes_token_lists(plan.device)) {
+      set_lists();
+      return;
+    }
+    rows_.capacity = static_cast<int>(layout_.rows);
     rows_.parts = at<BlockTokens>(layout_.lists);
     rows_.tokens = at<std::int32_t>(layout_.tokens);
     rows_.counts = at<std::int32_t>(layout_.token_counts);
@@ -77,6 +83,7 @@ class Backward {
 
   Status run() {
     if (problem_.tokens == 0) return zero_weights();
+    if (lists_.blocks > 0) then(launch_begin_lists(lists_, stream_));
     const std::int64_t step = layout_.tiles * kTileTokens;
     for (std::int64_t first = 0; first < problem_.tokens && status_.ok(); first += step) {
       const std::int64_t left = problem_.tokens - first;
@@ -85,6 +92,11 @@ class Backward {
       chunk_.first = first == 0;
       chunk_.last = left <= step;
       run_chunk(first);
+    }
+    if (lists_.blocks > 0 && wants_weights()) {
+      then(launch_order_lists(lists_, stream_));
+      then(sm90::launch_list_gradients(chunk_, lists_, args_.x, args_.grad_y, gradients_,
+                                       multiprocessors_, stream_));
     }
     return status_;
   }
@@ -97,6 +109,23 @@ class Backward {
 
   void then(Status status) {
     if (status_.ok()) status_ = std::move(status);
+  }
+
+  bool wants_weights() const { return args_.grad_gate || args_.grad_up || args_.grad_down; }
+
+  void set_lists() {
+    lists_.blocks = static_cast<int>(layout_.blocks);
+    lists_.capacity = static_cast<int>(layout_.rows);
+    lists_.entry_capacity = static_cast<int>(layout_.entries);
+    lists_.state = at<ListState>(layout_.list_state);
+    lists_.parts = at<ListPart>(layout_.lists);
+    lists_.half_first = at<std::int32_t>(layout_.list_places);
+    lists_.counts = at<std::int32_t>(layout_.token_counts);
+    lists_.order = at<std::int32_t>(layout_.list_order);
+    lists_.rows = at<ListRow>(layout_.list_rows);
+    lists_.entries = at<ListEntry>(layout_.list_entries);
+    gradients_ = {args_.grad_gate, args_.grad_up, args_.grad_down, {}};
+    for (const int i : {0, 1, 2}) gradients_.low[i] = at<std::uint16_t>(layout_.totals[i]);
   }
 
   Status zero_weights() {
@@ -120,8 +149,15 @@ class Backward {
       auto* dx = static_cast<std::uint16_t*>(args_.grad_x) + row;
       then(sm80::launch_input_gradient(chunk_, args_.weights, dx, stream_));
     }
+    if (!wants_weights()) return;
+    if (lists_.blocks > 0) {
+      lists_.first = static_cast<int>(first);
+      lists_.parity ^= 1;
+      then(launch_add_to_lists(chunk_, lists_, stream_));
+      then(sm90::launch_dense_gradients(chunk_, lists_, gradients_, multiprocessors_, stream_));
+      return;
+    }
     const bool wants_projections = of_projections_[0].grad || of_projections_[1].grad;
-    if (!wants_projections && !of_down_.grad) return;
     const std::int64_t step = layout_.blocks * kRowNeurons;
     for (std::int64_t neuron = 0; neuron < problem_.neurons; neuron += step) {
       rows_.first = static_cast<int>(neuron);
@@ -141,6 +177,8 @@ class Backward {
   const BackwardLayout layout_;
   const cudaStream_t stream_;
   BackwardChunk chunk_ = {};
+  TokenLists lists_ = {};  // no blocks: rows_ instead
+  WeightGradients gradients_ = {};
   NeuronRows rows_ = {};
   WeightGradient of_projections_[2] = {};
   WeightGradient of_down_ = {};

@@ -24,6 +24,10 @@ inline constexpr int kMaxChunkTiles = 1024;
 inline constexpr int kMaxBackwardTiles = 64;
 inline constexpr int kRowNeurons = 64;   // neurons that share a list of tokens
 inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
+// On Hopper: room for the coefficients of one in so many (token, neuron) pairs, and at most for as
+// many as a list's row can address.
+inline constexpr std::int64_t kEntryShare = 16;
+inline constexpr std::int64_t kMaxEntries = std::int64_t{1} << 25;
 
 // Up to kMaxDecodeTokens tokens take the kernels that read each weight row at most once.
 inline constexpr int kMaxDecodeTokens = 64;
@@ -103,17 +107,25 @@ struct SavedLayout {
         bytes(2 * ceil_div<std::int64_t>(problem.tokens, kTileTokens) * half_words * 4) {}
 };
 
+// The weights' gradients: by lists of tokens that grow over the whole pass (token_lists.h), or by
+// rows of coefficients of a group of blocks (NeuronRows).
+inline bool takes_token_lists(const Device& device) { return device.compute_capability / 10 == 9; }
+
 struct BackwardLayout {
   std::int64_t chunks = 0;
   std::int64_t tiles = 0;     // of one chunk
   std::int64_t capacity = 0;  // as the forward's
   std::int64_t groups = 0;    // of blocks of kRowNeurons
   std::int64_t blocks = 0;    // of a group
+  std::int64_t rows = 0;      // of a list of tokens
+  std::int64_t entries = 0;   // of all lists
 
   std::size_t masks, nonfinite, unions, counts, order, schedule;
   std::size_t coefficients[3];  // dg, du, h
-  std::size_t lists, tokens, token_counts, projection_rows, hidden_rows;
-  std::size_t totals[3];  // of the gradients of G, U, D
+  std::size_t lists, token_counts, list_rows;
+  std::size_t tokens, projection_rows, hidden_rows;               // NeuronRows
+  std::size_t list_state, list_places, list_order, list_entries;  // TokenLists
+  std::size_t totals[3];  // of the gradients of G, U, D; TokenLists: their lower halves
   std::size_t bytes;
 
   explicit BackwardLayout(const FfnPlan& plan) {
@@ -141,15 +153,32 @@ struct BackwardLayout {
       const bool exists = i != 1 || inputs == 2;
       coefficients[i] = carve.take(exists ? 2 * tiles * capacity * kColumnBytes : 0);
     }
-    const std::int64_t rows = blocks * tiles * kTileTokens;
-    lists = carve.take(blocks * 2 * tiles * 16);
-    tokens = carve.take(rows * 4);
-    token_counts = carve.take(blocks * 4);
-    projection_rows = carve.take(rows * inputs * kRowNeurons * 2);
-    hidden_rows = carve.take(rows * kRowNeurons * 2);
+    const bool has_totals = chunks > 1 || takes_token_lists(plan.device);
+    std::int64_t total_bytes = 4;
+    if (takes_token_lists(plan.device)) {
+      groups = 1;
+      blocks = all_blocks;
+      rows = all_tiles * kTileTokens;
+      entries = std::min(ceil_div(problem.tokens * problem.neurons, kEntryShare), kMaxEntries);
+      total_bytes = 2;
+      list_state = carve.take(16);
+      lists = carve.take(blocks * 2 * tiles * 16);
+      list_places = carve.take(2 * tiles * 4);
+      token_counts = carve.take(2 * blocks * 4);
+      list_order = carve.take(blocks * 4);
+      list_rows = carve.take(blocks * rows * 8);
+      list_entries = carve.take(entries * 8);
+    } else {
+      rows = tiles * kTileTokens;
+      lists = carve.take(blocks * 2 * tiles * 16);
+      tokens = carve.take(blocks * rows * 4);
+      token_counts = carve.take(blocks * 4);
+      projection_rows = carve.take(blocks * rows * inputs * kRowNeurons * 2);
+      hidden_rows = carve.take(blocks * rows * kRowNeurons * 2);
+    }
     for (const int i : {0, 1, 2}) {
-      const bool exists = chunks > 1 && (i != 0 || inputs == 2);
-      totals[i] = carve.take(exists ? problem.neurons * problem.hidden * 4 : 0);
+      const bool exists = has_totals && (i != 0 || inputs == 2);
+      totals[i] = carve.take(exists ? problem.neurons * problem.hidden * total_bytes : 0);
     }
     bytes = carve.bytes();
   }

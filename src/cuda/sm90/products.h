@@ -2,6 +2,7 @@
 // The products on Hopper (sm_90a): WGMMA and TMA.
 
 #include "cuda/forward.h"
+#include "cuda/token_lists.h"
 
 namespace twell::cuda::sm90 {
 
@@ -11,5 +12,16 @@ Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int
                  cudaStream_t stream);
 Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
                    cudaStream_t stream);
+
+// The share of a dense chunk in the gradients, kept; nothing if the chunk is not dense.
+Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& lists,
+                              const WeightGradients& gradients, int multiprocessors,
+                              cudaStream_t stream);
+
+// gradients ← those of all lists, and what was kept of dense chunks. `x`, `dy` of the whole pass;
+// of `chunk` only what is the same for all.
+Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists, const void* x,
+                             const void* dy, const WeightGradients& gradients, int multiprocessors,
+                             cudaStream_t stream);
 
 }  // namespace twell::cuda::sm90

@@ -1,0 +1,423 @@
+// The gradients of the weights on Hopper: dG = dgᵀ x, dU = duᵀ x, dD = hᵀ dy for 64 neurons and 128
+// hidden columns at a time, each by a consumer warpgroup of its own. The sum is over tokens, 64 per
+// stage: two producer warpgroups, each for every other stage, gather the tokens' rows of x and dy
+// and spread the coefficients, which are few, over zeros.
+
+#include <cuda_bf16.h>
+
+#include "cuda/check.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/quad.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/products.h"
+
+namespace twell::cuda::sm90 {
+namespace {
+
+constexpr int kStages = 4;
+constexpr int kStep = 64;  // tokens of a stage
+constexpr int kColumns = 128;
+constexpr int kProducerGroups = 2;
+constexpr int kProducers = 128;  // threads of a group
+constexpr int kTileElements = kStep * kRowNeurons;
+
+// Gated: dg, du, h. Plain: dg, h.
+template <bool kGated>
+struct Config {
+  static constexpr int kMatrices = kGated ? 3 : 2;
+  static constexpr int kThreads = kProducers * kProducerGroups + 128 * kMatrices;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = kGated ? 112 : 160;
+};
+
+template <bool kGated>
+struct alignas(1024) Shared {
+  __nv_bfloat16 coefficients[kStages][Config<kGated>::kMatrices][kTileElements];
+  __nv_bfloat16 sources[kStages][2][kStep * kColumns];  // rows of x, of dy
+  std::uint64_t full[kStages];
+  std::uint64_t empty[kStages];
+  ListRow rows[kProducerGroups][kStep];
+};
+
+struct Gradient {
+  __nv_bfloat16* rows;  // [neurons, hidden]; null: not wanted
+  std::uint16_t* low;   // the lower halves of the dense chunks' float32 sums
+};
+
+struct Call {
+  const __nv_bfloat16* sources[2];  // x, dy: of the pass for lists, of the chunk where it is dense
+  Gradient gradients[3];
+  int hidden;
+  int neurons;
+  int strips;  // of kColumns
+};
+
+// The k-th token of a half tile in the order of its columns.
+__device__ __forceinline__ int token_of(int k) { return k / 16 * 16 + k % 16 / 2 + k % 2 * 8; }
+
+// A position in the stages that the two producer groups fill in turn.
+struct Turn {
+  int stage;
+  std::uint32_t parity;
+
+  __device__ explicit Turn(std::uint32_t number)
+      : stage(static_cast<int>(number % kStages)), parity(number / kStages % 2) {}
+};
+
+// Gathers the rows of both sources; token(i) is the i-th row of the step, negative: zeros.
+template <class Token>
+__device__ __forceinline__ void gather(__nv_bfloat16 (&stage)[2][kStep * kColumns],
+                                       const Call& call, int strip, const Token& token) {
+  constexpr int kPieces = kColumns / 8;
+  constexpr int kRows = kProducers / kPieces;  // at a time
+  const int thread = static_cast<int>(threadIdx.x) % kProducers;
+  const int piece = thread % kPieces;
+  const int first = thread / kPieces;
+  const int column = strip * kColumns + piece * 8;
+  const bool inside = column < call.hidden;
+  const std::uint32_t target = ptx::shared_address(stage[0]) + piece / 8 * (kStep * 128) +
+                               first * 128 + (((piece % 8) ^ (first % 8)) * 16);
+  static_assert(kRows % 8 == 0, "a thread's rows have one swizzle");
+#pragma unroll
+  for (int turn = 0; turn < kStep / kRows; ++turn) {
+    const int row = token(first + turn * kRows);
+    const bool valid = inside && row >= 0;
+    const std::size_t at = valid ? static_cast<std::size_t>(row) * call.hidden + column : 0;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      ptx::copy_async_16(target + s * (kStep * kColumns * 2) + turn * kRows * 128,
+                         call.sources[s] + at, valid);
+    }
+  }
+}
+
+// Writes a coefficient of the token in row `row` to its place in a tile of kOuter layout.
+__device__ __forceinline__ void put(__nv_bfloat16* tile, int row, std::uint32_t neuron,
+                                    std::uint32_t value) {
+  reinterpret_cast<std::uint16_t*>(tile)[row * 64 + (((neuron / 8) ^ (row % 8)) * 8) + neuron % 8] =
+      static_cast<std::uint16_t>(value);
+}
+
+template <bool kGated>
+__device__ __forceinline__ void put(
+    __nv_bfloat16 (&tiles)[Config<kGated>::kMatrices][kTileElements], int row, ListEntry entry) {
+  const std::uint32_t neuron = entry.neuron_dg & 0xffffu;
+  put(tiles[0], row, neuron, entry.neuron_dg >> 16);
+  if constexpr (kGated) put(tiles[1], row, neuron, entry.du_h & 0xffffu);
+  put(tiles[Config<kGated>::kMatrices - 1], row, neuron, entry.du_h >> 16);
+}
+
+// The work over the lists of a whole pass: an item is a block of neurons and a strip of columns.
+template <bool kGated>
+struct Lists {
+  static constexpr ptx::Major kMajor = ptx::Major::kOuter;  // neurons contiguous
+  static constexpr bool kLast = true;                       // its sums are final
+
+  TokenLists lists;
+
+  __device__ int block(int rank) const { return lists.order[rank]; }
+  __device__ int count(int block) const {
+    return lists.counts[lists.parity * lists.blocks + block];
+  }
+  __device__ int steps(int block) const { return ceil_div(count(block), kStep); }
+  __device__ bool runs() const { return true; }
+  // Whether the gradients hold sums of dense chunks.
+  __device__ bool adds() const { return lists.state->dense_chunks > 0; }
+
+  __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
+                                          int strip, int group, std::uint32_t first_turn) const {
+    const int thread = static_cast<int>(threadIdx.x) % kProducers;
+    const int mine = thread / 2;  // the row whose coefficients this thread spreads, every other one
+    const int all = count(block);
+    const int steps = ceil_div(all, kStep);
+    const ListRow* list = lists.rows + static_cast<std::size_t>(block) * lists.capacity;
+    const auto load = [&](int step) {
+      const int row = step * kStep + thread;
+      return thread < kStep && row < all ? list[row] : ListRow{~0u, 0};
+    };
+    int step = static_cast<int>(first_turn + group) & 1;
+    ListRow next = load(step);
+#pragma unroll 1
+    for (; step < steps; step += kProducerGroups) {
+      if (thread < kStep) shared.rows[group][thread] = next;
+      ptx::named_barrier_sync(1 + group, kProducers);
+      next = load(step + kProducerGroups);
+      const ListRow row = shared.rows[group][mine];
+      int place = row.first() + thread % 2;
+      const int end = row.first() + row.count();
+      const ListEntry none = {};
+      const ListEntry early[2] = {place < end ? lists.entries[place] : none,
+                                  place + 2 < end ? lists.entries[place + 2] : none};
+
+      const Turn turn(first_turn + step);
+      ptx::mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);
+      auto& tiles = shared.coefficients[turn.stage];
+      auto* zeros = reinterpret_cast<uint4*>(&tiles[0][0]);
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(tiles) / 16 / kProducers); ++i) {
+        zeros[i * kProducers + thread] = make_uint4(0, 0, 0, 0);
+      }
+      gather(shared.sources[turn.stage], call, strip,
+             [&](int i) { return static_cast<int>(shared.rows[group][i].token); });
+      ptx::named_barrier_sync(1 + group, kProducers);  // zeros before coefficients
+      if (place < end) put<kGated>(tiles, mine, early[0]);
+      if (place + 2 < end) put<kGated>(tiles, mine, early[1]);
+#pragma unroll 1
+      for (place += 4; place < end; place += 2) put<kGated>(tiles, mine, lists.entries[place]);
+      ptx::fence_async_proxy();
+      ptx::mbarrier_arrive(&shared.full[turn.stage]);
+      ptx::copy_async_arrive(&shared.full[turn.stage]);
+    }
+  }
+};
+
+// The work over the columns of a dense chunk: a step is a half tile.
+template <bool kGated>
+struct HalfTiles {
+  static constexpr ptx::Major kMajor = ptx::Major::kInner;  // tokens contiguous
+  static constexpr bool kLast = false;
+
+  BackwardChunk chunk;
+  TokenLists lists;
+
+  __device__ int halves() const { return 2 * chunk.forward.tiles; }
+  __device__ const ListPart* parts(int block) const { return lists.parts + block * halves(); }
+  __device__ static bool in_use(const ListPart& part) {
+    return (part.tokens[0] | part.tokens[1]) != 0;
+  }
+  __device__ int block(int rank) const { return rank; }
+  __device__ int steps(int block) const {  // all lanes of a warp call
+    int sum = 0;
+    for (int first = 0; first < halves(); first += 32) {
+      const int half = first + static_cast<int>(threadIdx.x) % 32;
+      sum += __popc(__ballot_sync(~0u, half < halves() && in_use(parts(block)[half])));
+    }
+    return sum;
+  }
+  __device__ bool runs() const { return lists.state->dense != 0; }
+  __device__ bool adds() const { return lists.state->dense_chunks > 1; }
+
+  __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
+                                          int strip, int group, std::uint32_t first_turn) const {
+    constexpr int kMatrices = Config<kGated>::kMatrices;
+    const ForwardChunk& forward = chunk.forward;
+    const int thread = static_cast<int>(threadIdx.x) % kProducers;
+    const int piece = thread % 8;
+    const std::uint32_t* const columns[3] = {chunk.dg, kGated ? chunk.du : chunk.h, chunk.h};
+    const int words = forward.blocks * kMaskWords;
+    std::uint32_t number = first_turn;
+#pragma unroll 1
+    for (int half = 0; half < halves(); ++half) {
+      const ListPart part = parts(block)[half];
+      if (!in_use(part)) continue;
+      const Turn turn(number);
+      if (number++ % kProducerGroups != static_cast<std::uint32_t>(group)) continue;
+      const std::uint32_t* masks =
+          forward.masks + static_cast<std::size_t>(half & ~1) * words + block * (kRowNeurons / 32);
+      const std::uint32_t used[2] = {masks[0] | masks[words], masks[1] | masks[words + 1]};
+      const std::size_t column = static_cast<std::size_t>(half) * forward.capacity + part.first;
+      ptx::mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < kRowNeurons * 8 / kProducers; ++i) {
+        const int neuron = thread / 8 + i * (kProducers / 8);
+        const std::uint32_t own = used[neuron / 32];
+        const bool exists = (own >> (neuron % 32)) & 1u;
+        const int rank =
+            (neuron < 32 ? 0 : __popc(used[0])) + __popc(own & ((1u << (neuron % 32)) - 1));
+        const std::size_t at = (column + (exists ? rank : 0)) * kColumnWords + piece * 4;
+#pragma unroll
+        for (int m = 0; m < kMatrices; ++m) {
+          ptx::copy_async_16(ptx::shared_address(shared.coefficients[turn.stage][m]) +
+                                 neuron * 128 + ((piece ^ (neuron % 8)) * 16),
+                             columns[m] + at, exists);
+        }
+      }
+      gather(shared.sources[turn.stage], call, strip, [&](int k) {
+        const int token = half * kHalfTokens + token_of(k);
+        return token < forward.tokens ? token : -1;
+      });
+      ptx::mbarrier_arrive(&shared.full[turn.stage]);
+      ptx::copy_async_arrive(&shared.full[turn.stage]);
+    }
+  }
+};
+
+// A pair of float32 from their upper and lower halves.
+__device__ __forceinline__ float2 join(std::uint32_t high, std::uint32_t low) {
+  return {__uint_as_float(high << 16 | (low & 0xffffu)),
+          __uint_as_float((high & 0xffff0000u) | low >> 16)};
+}
+
+// Adds the sums kept in `gradient` to `acc`.
+__device__ __forceinline__ void add_kept(float (&acc)[kColumns / 2], const Call& call,
+                                         const Gradient& gradient, int neuron, int column) {
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+      if (neuron + 8 * s >= call.neurons || column + 8 * j >= call.hidden) continue;
+      const std::size_t at =
+          static_cast<std::size_t>(neuron + 8 * s) * call.hidden + column + 8 * j;
+      const float2 kept = join(*reinterpret_cast<const std::uint32_t*>(gradient.rows + at),
+                               *reinterpret_cast<const std::uint32_t*>(gradient.low + at));
+      acc[4 * j + 2 * s] += kept.x;
+      acc[4 * j + 2 * s + 1] += kept.y;
+    }
+  }
+}
+
+__device__ __forceinline__ void keep(const float (&acc)[kColumns / 2], const Call& call,
+                                     const Gradient& gradient, int neuron, int column) {
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+      if (neuron + 8 * s >= call.neurons || column + 8 * j >= call.hidden) continue;
+      const std::size_t at =
+          static_cast<std::size_t>(neuron + 8 * s) * call.hidden + column + 8 * j;
+      const std::uint32_t a = __float_as_uint(acc[4 * j + 2 * s]);
+      const std::uint32_t b = __float_as_uint(acc[4 * j + 2 * s + 1]);
+      *reinterpret_cast<std::uint32_t*>(gradient.rows + at) = a >> 16 | (b & 0xffff0000u);
+      *reinterpret_cast<std::uint32_t*>(gradient.low + at) = (a & 0xffffu) | b << 16;
+    }
+  }
+}
+
+__device__ __forceinline__ void store(const float (&acc)[kColumns / 2], const Call& call,
+                                      const Gradient& gradient, int neuron, int first_column) {
+  const int quad = threadIdx.x % 4;
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    __nv_bfloat16* out = gradient.rows + static_cast<std::size_t>(neuron + 8 * s) * call.hidden;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j += 4) {
+      const float* v = acc + 4 * j + 2 * s;
+      const uint4 words =
+          transpose_in_quad(make_uint4(ptx::pack(v[0], v[1]), ptx::pack(v[4], v[5]),
+                                       ptx::pack(v[8], v[9]), ptx::pack(v[12], v[13])),
+                            quad);
+      const int column = first_column + 8 * (j + quad);
+      if (neuron + 8 * s < call.neurons && column < call.hidden) {
+        *reinterpret_cast<uint4*>(out + column) = words;
+      }
+    }
+  }
+}
+
+template <bool kGated, class Work>
+__device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work, const Call& call,
+                                        int blocks, int matrix) {
+  const int warp = threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32;
+  const Gradient gradient = call.gradients[matrix];
+  const int source = matrix == Config<kGated>::kMatrices - 1;  // h goes with dy
+  const bool adds = work.adds();
+  float acc[kColumns / 2];
+  Ring<kStages> ring;
+#pragma unroll 1
+  for (int item = blockIdx.x; item < blocks * call.strips; item += gridDim.x) {
+    const int block = work.block(item / call.strips);
+    const int strip = item % call.strips;
+    multiply<kColumns, Work::kMajor, ptx::Major::kOuter, Filler::kTmaAndThreads>(
+        acc, ring, work.steps(block), shared.full,
+        [&](int stage) { return shared.coefficients[stage][matrix]; },
+        [&](int stage) { return shared.sources[stage][source]; },
+        [&](int stage) {
+          if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+        });
+    if (!gradient.rows) continue;
+    const int neuron = block * kRowNeurons + warp * 16 + lane / 4;
+    const int column = strip * kColumns;
+    if (adds) add_kept(acc, call, gradient, neuron, column + 2 * (lane % 4));
+    if constexpr (Work::kLast) {
+      store(acc, call, gradient, neuron, column);
+    } else {
+      keep(acc, call, gradient, neuron, column + 2 * (lane % 4));
+    }
+  }
+}
+
+template <bool kGated, class Work>
+__global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
+    weights_kernel(const Work work, const Call call, int blocks) {
+  if (!work.runs()) return;
+  extern __shared__ std::uint8_t raw[];
+  auto& shared = aligned_shared<Shared<kGated>>(raw);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(&shared.full[stage], 2 * kProducers);
+      ptx::mbarrier_init(&shared.empty[stage], Config<kGated>::kMatrices * 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup < kProducerGroups) {
+    ptx::register_decrease<Config<kGated>::kProducerRegisters>();
+    std::uint32_t turn = 0;
+#pragma unroll 1
+    for (int item = blockIdx.x; item < blocks * call.strips; item += gridDim.x) {
+      const int block = work.block(item / call.strips);
+      work.produce(shared, call, block, item % call.strips, warpgroup, turn);
+      turn += static_cast<std::uint32_t>(work.steps(block));
+    }
+  } else {
+    ptx::register_increase<Config<kGated>::kConsumerRegisters>();
+    consume<kGated>(shared, work, call, blocks, warpgroup - kProducerGroups);
+  }
+}
+
+template <bool kGated, class Work>
+Status launch_weights(const Work& work, const Call& call, const TokenLists& lists,
+                      int multiprocessors, cudaStream_t stream) {
+  return launch(weights_kernel<kGated, Work>, std::min(lists.blocks * call.strips, multiprocessors),
+                Config<kGated>::kThreads, sizeof(Shared<kGated>) + alignof(Shared<kGated>), stream,
+                work, call, lists.blocks);
+}
+
+Call make_call(const BackwardChunk& chunk, const void* x, const void* dy,
+               const WeightGradients& gradients) {
+  Call call = {};
+  call.sources[0] = static_cast<const __nv_bfloat16*>(x);
+  call.sources[1] = static_cast<const __nv_bfloat16*>(dy);
+  int matrix = 0;
+  const auto add = [&](void* grad, std::uint16_t* low) {
+    call.gradients[matrix++] = {static_cast<__nv_bfloat16*>(grad), low};
+  };
+  if (chunk.du) add(gradients.gate, gradients.low[0]);
+  add(gradients.up, gradients.low[1]);
+  add(gradients.down, gradients.low[2]);
+  call.hidden = chunk.forward.hidden;
+  call.neurons = chunk.forward.neurons;
+  call.strips = ceil_div(call.hidden, kColumns);
+  return call;
+}
+
+}  // namespace
+
+Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& lists,
+                              const WeightGradients& gradients, int multiprocessors,
+                              cudaStream_t stream) {
+  const Call call = make_call(chunk, chunk.x, chunk.dy, gradients);
+  if (chunk.du) {
+    return launch_weights<true>(HalfTiles<true>{chunk, lists}, call, lists, multiprocessors,
+                                stream);
+  }
+  return launch_weights<false>(HalfTiles<false>{chunk, lists}, call, lists, multiprocessors,
+                               stream);
+}
+
+Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists, const void* x,
+                             const void* dy, const WeightGradients& gradients, int multiprocessors,
+                             cudaStream_t stream) {
+  const Call call = make_call(chunk, x, dy, gradients);
+  if (chunk.du) {
+    return launch_weights<true>(Lists<true>{lists}, call, lists, multiprocessors, stream);
+  }
+  return launch_weights<false>(Lists<false>{lists}, call, lists, multiprocessors, stream);
+}
+
+}  // namespace twell::cuda::sm90
