@@ -161,7 +161,7 @@ struct BackwardLayout {
       rows = all_tiles * kTileTokens;
       entries = std::min(ceil_div(problem.tokens * problem.neurons, kEntryShare), kMaxEntries);
       total_bytes = 2;
-      list_state = carve.take(16);
+      list_state = carve.take(32);
       lists = carve.take(blocks * 2 * tiles * 16);
       list_places = carve.take(2 * tiles * 4);
       token_counts = carve.take(2 * blocks * 4);

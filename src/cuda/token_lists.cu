@@ -124,6 +124,7 @@ __device__ __forceinline__ void place_chunk(const TokenLists& lists, int halves)
     state.dense_chunks += state.dense;
     if (!state.dense) state.entries = static_cast<std::int32_t>(used);
     state.finished = 0;
+    state.taken = 0;
   }
 }
 
@@ -211,6 +212,7 @@ __global__ void __launch_bounds__(kThreads)
 // Ties by index: what takes longest begins first.
 __global__ void __launch_bounds__(kThreads) order_kernel(const TokenLists lists) {
   const std::int32_t* counts = lists.counts + lists.parity * lists.blocks;
+  if (threadIdx.x == 0) lists.state->taken = 0;
   for (int block = threadIdx.x; block < lists.blocks; block += kThreads) {
     const int mine = counts[block];
     int rank = 0;

@@ -51,6 +51,7 @@ struct ListState {
   std::int32_t dense;         // whether the chunk at hand is dense
   std::int32_t dense_chunks;  // so far, the one at hand included
   std::uint32_t finished;     // CTAs
+  std::int32_t taken;         // pieces of work on the gradients
 };
 
 struct TokenLists {

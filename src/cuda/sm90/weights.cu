@@ -39,6 +39,10 @@ struct alignas(1024) Shared {
   std::uint64_t full[kStages];
   std::uint64_t empty[kStages];
   ListRow rows[kProducerGroups][kStep];
+  // The CTA's pieces of work, in turn: who comes first takes the next.
+  std::int32_t items[2];
+  std::uint64_t item_full[2];
+  std::uint64_t item_empty[2];
 };
 
 struct Gradient {
@@ -65,6 +69,38 @@ struct Turn {
   __device__ explicit Turn(std::uint32_t number)
       : stage(static_cast<int>(number % kStages)), parity(number / kStages % 2) {}
 };
+
+// A block of neurons, by its rank, and a strip of columns. Strip by strip, so that all blocks find
+// the strip's part of x and dy in L2; but the last strips longest list first, so that all CTAs end
+// together.
+struct Item {
+  int rank;
+  int strip;
+
+  __device__ Item(int index, int blocks, int strips) {
+    const int last = strips / 4;
+    const int rest = index - (strips - last) * blocks;
+    rank = rest < 0 ? index % blocks : rest / last;
+    strip = rest < 0 ? index / blocks : strips - last + rest % last;
+  }
+};
+
+// The CTA's n-th next piece of work, as the publishing thread said.
+template <bool kGated>
+__device__ __forceinline__ int next_item(Shared<kGated>& shared, std::uint32_t n) {
+  ptx::mbarrier_wait(&shared.item_full[n % 2], n / 2 % 2);
+  const int item = shared.items[n % 2];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.item_empty[n % 2]);
+  return item;
+}
+
+template <bool kGated>
+__device__ __forceinline__ void publish_item(Shared<kGated>& shared, std::uint32_t n, int item) {
+  ptx::mbarrier_wait(&shared.item_empty[n % 2], n / 2 % 2 ^ 1);
+  shared.items[n % 2] = item;
+  ptx::mbarrier_arrive(&shared.item_full[n % 2]);
+}
 
 // Gathers the rows of both sources; token(i) is the i-th row of the step, negative: zeros.
 template <class Token>
@@ -109,7 +145,7 @@ __device__ __forceinline__ void put(
   put(tiles[Config<kGated>::kMatrices - 1], row, neuron, entry.du_h >> 16);
 }
 
-// The work over the lists of a whole pass: an item is a block of neurons and a strip of columns.
+// The work over the lists of a whole pass.
 template <bool kGated>
 struct Lists {
   static constexpr ptx::Major kMajor = ptx::Major::kOuter;  // neurons contiguous
@@ -316,10 +352,11 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
   const bool adds = work.adds();
   float acc[kColumns / 2];
   Ring<kStages> ring;
+  int index = blockIdx.x;
 #pragma unroll 1
-  for (int item = blockIdx.x; item < blocks * call.strips; item += gridDim.x) {
-    const int block = work.block(item / call.strips);
-    const int strip = item % call.strips;
+  for (std::uint32_t n = 0; index < blocks * call.strips; index = next_item(shared, n++)) {
+    const Item item(index, blocks, call.strips);
+    const int block = work.block(item.rank);
     multiply<kColumns, Work::kMajor, ptx::Major::kOuter, Filler::kTmaAndThreads>(
         acc, ring, work.steps(block), shared.full,
         [&](int stage) { return shared.coefficients[stage][matrix]; },
@@ -329,7 +366,7 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
         });
     if (!gradient.rows) continue;
     const int neuron = block * kRowNeurons + warp * 16 + lane / 4;
-    const int column = strip * kColumns;
+    const int column = item.strip * kColumns;
     if (adds) add_kept(acc, call, gradient, neuron, column + 2 * (lane % 4));
     if constexpr (Work::kLast) {
       store(acc, call, gradient, neuron, column);
@@ -350,6 +387,10 @@ __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
       ptx::mbarrier_init(&shared.full[stage], 2 * kProducers);
       ptx::mbarrier_init(&shared.empty[stage], Config<kGated>::kMatrices * 4);
     }
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(&shared.item_full[i], 1);
+      ptx::mbarrier_init(&shared.item_empty[i], Config<kGated>::kThreads / 32);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -358,11 +399,19 @@ __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
   if (warpgroup < kProducerGroups) {
     ptx::register_decrease<Config<kGated>::kProducerRegisters>();
     std::uint32_t turn = 0;
+    int index = blockIdx.x;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < blocks * call.strips; item += gridDim.x) {
-      const int block = work.block(item / call.strips);
-      work.produce(shared, call, block, item % call.strips, warpgroup, turn);
+    for (std::uint32_t n = 0; index < blocks * call.strips; index = next_item(shared, n++)) {
+      int taken = 0;
+      if (threadIdx.x == 0) {
+        taken = static_cast<int>(gridDim.x) + atomicAdd(&work.lists.state->taken, 1);
+      }
+      const Item item(index, blocks, call.strips);
+      const int block = work.block(item.rank);
+      work.produce(shared, call, block, item.strip, warpgroup, turn);
       turn += static_cast<std::uint32_t>(work.steps(block));
+      if (threadIdx.x == 0) publish_item(shared, n, taken);
+      __syncwarp();
     }
   } else {
     ptx::register_increase<Config<kGated>::kConsumerRegisters>();
