@@ -1,7 +1,7 @@
 // The gradients of the weights on Hopper: dG = dgᵀ x, dU = duᵀ x, dD = hᵀ dy for 64 neurons and 128
 // hidden columns at a time, each by a consumer warpgroup of its own. The sum is over tokens, 64 per
-// stage: two producer warpgroups, each for every other stage, gather the tokens' rows of x and dy
-// and spread the coefficients, which are few, over zeros.
+// stage: one producer warpgroup gathers the tokens' rows of x and dy, another spreads their
+// coefficients, which are few, over zeros.
 
 #include <cuda_bf16.h>
 
@@ -19,15 +19,14 @@ namespace {
 constexpr int kStages = 4;
 constexpr int kStep = 64;  // tokens of a stage
 constexpr int kColumns = 128;
-constexpr int kProducerGroups = 2;
-constexpr int kProducers = 128;  // threads of a group
+constexpr int kProducers = 128;  // threads of each of the two producer warpgroups
 constexpr int kTileElements = kStep * kRowNeurons;
 
 // Gated: dg, du, h. Plain: dg, h.
 template <bool kGated>
 struct Config {
   static constexpr int kMatrices = kGated ? 3 : 2;
-  static constexpr int kThreads = kProducers * kProducerGroups + 128 * kMatrices;
+  static constexpr int kThreads = 2 * kProducers + 128 * kMatrices;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = kGated ? 112 : 160;
 };
@@ -38,7 +37,6 @@ struct alignas(1024) Shared {
   __nv_bfloat16 sources[kStages][2][kStep * kColumns];  // rows of x, of dy
   std::uint64_t full[kStages];
   std::uint64_t empty[kStages];
-  ListRow rows[kProducerGroups][kStep];
   // The CTA's pieces of work, in turn: who comes first takes the next.
   std::int32_t items[2];
   std::uint64_t item_full[2];
@@ -60,15 +58,6 @@ struct Call {
 
 // The k-th token of a half tile in the order of its columns.
 __device__ __forceinline__ int token_of(int k) { return k / 16 * 16 + k % 16 / 2 + k % 2 * 8; }
-
-// A position in the stages that the two producer groups fill in turn.
-struct Turn {
-  int stage;
-  std::uint32_t parity;
-
-  __device__ explicit Turn(std::uint32_t number)
-      : stage(static_cast<int>(number % kStages)), parity(number / kStages % 2) {}
-};
 
 // A block of neurons, by its rank, and a strip of columns. Strip by strip, so that all blocks find
 // the strip's part of x and dy in L2; but the last strips longest list first, so that all CTAs end
@@ -102,32 +91,46 @@ __device__ __forceinline__ void publish_item(Shared<kGated>& shared, std::uint32
   ptx::mbarrier_arrive(&shared.item_full[n % 2]);
 }
 
-// Gathers the rows of both sources; token(i) is the i-th row of the step, negative: zeros.
-template <class Token>
-__device__ __forceinline__ void gather(__nv_bfloat16 (&stage)[2][kStep * kColumns],
-                                       const Call& call, int strip, const Token& token) {
-  constexpr int kPieces = kColumns / 8;
-  constexpr int kRows = kProducers / kPieces;  // at a time
-  const int thread = static_cast<int>(threadIdx.x) % kProducers;
-  const int piece = thread % kPieces;
-  const int first = thread / kPieces;
-  const int column = strip * kColumns + piece * 8;
-  const bool inside = column < call.hidden;
-  const std::uint32_t target = ptx::shared_address(stage[0]) + piece / 8 * (kStep * 128) +
-                               first * 128 + (((piece % 8) ^ (first % 8)) * 16);
+// A thread's share of gathering the rows of both sources.
+class Gather {
+ public:
+  static constexpr int kPieces = kColumns / 8;
+  static constexpr int kRows = kProducers / kPieces;  // at a time
+  static constexpr int kTurns = kStep / kRows;
   static_assert(kRows % 8 == 0, "a thread's rows have one swizzle");
+  using Tokens = int[kTurns];  // negative: zeros
+
+  __device__ __forceinline__ Gather(const Call& call, int strip)
+      : call_(call), column_(strip * kColumns + piece() * 8), inside_(column_ < call.hidden) {}
+
+  // The row of a stage that the thread copies in a turn.
+  __device__ static int row(int turn) { return thread() / kPieces + turn * kRows; }
+
+  __device__ __forceinline__ void copy(__nv_bfloat16 (&stage)[2][kStep * kColumns],
+                                       const Tokens& tokens) const {
+    const std::uint32_t target = ptx::shared_address(stage[0]) + piece() / 8 * (kStep * 128) +
+                                 row(0) * 128 + (((piece() % 8) ^ (row(0) % 8)) * 16);
 #pragma unroll
-  for (int turn = 0; turn < kStep / kRows; ++turn) {
-    const int row = token(first + turn * kRows);
-    const bool valid = inside && row >= 0;
-    const std::size_t at = valid ? static_cast<std::size_t>(row) * call.hidden + column : 0;
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const bool valid = inside_ && tokens[turn] >= 0;
+      const std::size_t at =
+          valid ? static_cast<std::size_t>(tokens[turn]) * call_.hidden + column_ : 0;
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      ptx::copy_async_16(target + s * (kStep * kColumns * 2) + turn * kRows * 128,
-                         call.sources[s] + at, valid);
+      for (int s = 0; s < 2; ++s) {
+        ptx::copy_async_16(target + s * (kStep * kColumns * 2) + turn * kRows * 128,
+                           call_.sources[s] + at, valid);
+      }
     }
   }
-}
+
+ private:
+  __device__ static int thread() { return static_cast<int>(threadIdx.x) % kProducers; }
+  __device__ static int piece() { return thread() % kPieces; }
+
+  const Call& call_;
+  const int column_;
+  const bool inside_;
+};
 
 // Writes a coefficient of the token in row `row` to its place in a tile of kOuter layout.
 __device__ __forceinline__ void put(__nv_bfloat16* tile, int row, std::uint32_t neuron,
@@ -162,49 +165,83 @@ struct Lists {
   // Whether the gradients hold sums of dense chunks.
   __device__ bool adds() const { return lists.state->dense_chunks > 0; }
 
-  __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
-                                          int strip, int group, std::uint32_t first_turn) const {
-    const int thread = static_cast<int>(threadIdx.x) % kProducers;
-    const int mine = thread / 2;  // the row whose coefficients this thread spreads, every other one
+  // All rows of x and dy of an item, by the first producer warpgroup.
+  __device__ __forceinline__ void gather(Shared<kGated>& shared, Ring<kStages>& ring,
+                                         const Call& call, int block, int strip) const {
     const int all = count(block);
     const int steps = ceil_div(all, kStep);
     const ListRow* list = lists.rows + static_cast<std::size_t>(block) * lists.capacity;
-    const auto load = [&](int step) {
-      const int row = step * kStep + thread;
-      return thread < kStep && row < all ? list[row] : ListRow{~0u, 0};
+    const Gather share(call, strip);
+    const auto load = [&](Gather::Tokens& tokens, int step) {
+#pragma unroll
+      for (int turn = 0; turn < Gather::kTurns; ++turn) {
+        const int row = step * kStep + Gather::row(turn);
+        tokens[turn] = row < all ? static_cast<int>(list[row].token) : -1;
+      }
     };
-    int step = static_cast<int>(first_turn + group) & 1;
-    ListRow next = load(step);
+    Gather::Tokens next;
+    load(next, 0);
 #pragma unroll 1
-    for (; step < steps; step += kProducerGroups) {
-      if (thread < kStep) shared.rows[group][thread] = next;
-      ptx::named_barrier_sync(1 + group, kProducers);
-      next = load(step + kProducerGroups);
-      const ListRow row = shared.rows[group][mine];
-      int place = row.first() + thread % 2;
+    for (int step = 0; step < steps; ++step, ring.advance()) {
+      Gather::Tokens tokens;
+#pragma unroll
+      for (int turn = 0; turn < Gather::kTurns; ++turn) tokens[turn] = next[turn];
+      load(next, step + 1);
+      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      share.copy(shared.sources[ring.stage], tokens);
+      ptx::copy_async_arrive(&shared.full[ring.stage]);
+    }
+  }
+
+  // All coefficients of an item, by the second: two threads for each row, taking turns.
+  __device__ __forceinline__ void spread(Shared<kGated>& shared, Ring<kStages>& ring,
+                                         int block) const {
+    const int thread = static_cast<int>(threadIdx.x) % kProducers;
+    const int mine = thread / 2;
+    const int all = count(block);
+    const int steps = ceil_div(all, kStep);
+    const ListRow* list = lists.rows + static_cast<std::size_t>(block) * lists.capacity;
+    const auto load_row = [&](int step) {
+      const int row = step * kStep + mine;
+      return row < all ? list[row] : ListRow{};
+    };
+    // The row's entries that this thread puts; the first two are loaded a step ahead.
+    struct Share {
+      int place, end;
+      ListEntry early[2];
+    };
+    const auto load = [&](ListRow row) {
+      const int place = row.first() + thread % 2;
       const int end = row.first() + row.count();
       const ListEntry none = {};
-      const ListEntry early[2] = {place < end ? lists.entries[place] : none,
-                                  place + 2 < end ? lists.entries[place + 2] : none};
-
-      const Turn turn(first_turn + step);
-      ptx::mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);
-      auto& tiles = shared.coefficients[turn.stage];
+      return Share{place,
+                   end,
+                   {place < end ? lists.entries[place] : none,
+                    place + 2 < end ? lists.entries[place + 2] : none}};
+    };
+    Share next = load(load_row(0));
+    ListRow next_row = load_row(1);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, ring.advance()) {
+      const Share share = next;
+      next = load(next_row);
+      next_row = load_row(step + 2);
+      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      auto& tiles = shared.coefficients[ring.stage];
       auto* zeros = reinterpret_cast<uint4*>(&tiles[0][0]);
 #pragma unroll
       for (int i = 0; i < static_cast<int>(sizeof(tiles) / 16 / kProducers); ++i) {
         zeros[i * kProducers + thread] = make_uint4(0, 0, 0, 0);
       }
-      gather(shared.sources[turn.stage], call, strip,
-             [&](int i) { return static_cast<int>(shared.rows[group][i].token); });
-      ptx::named_barrier_sync(1 + group, kProducers);  // zeros before coefficients
-      if (place < end) put<kGated>(tiles, mine, early[0]);
-      if (place + 2 < end) put<kGated>(tiles, mine, early[1]);
+      ptx::named_barrier_sync(1, kProducers);  // zeros before coefficients
+      if (share.place < share.end) put<kGated>(tiles, mine, share.early[0]);
+      if (share.place + 2 < share.end) put<kGated>(tiles, mine, share.early[1]);
 #pragma unroll 1
-      for (place += 4; place < end; place += 2) put<kGated>(tiles, mine, lists.entries[place]);
+      for (int place = share.place + 4; place < share.end; place += 2) {
+        put<kGated>(tiles, mine, lists.entries[place]);
+      }
       ptx::fence_async_proxy();
-      ptx::mbarrier_arrive(&shared.full[turn.stage]);
-      ptx::copy_async_arrive(&shared.full[turn.stage]);
+      ptx::mbarrier_arrive(&shared.full[ring.stage]);
     }
   }
 };
@@ -235,26 +272,42 @@ struct HalfTiles {
   __device__ bool runs() const { return lists.state->dense != 0; }
   __device__ bool adds() const { return lists.state->dense_chunks > 1; }
 
-  __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
-                                          int strip, int group, std::uint32_t first_turn) const {
+  __device__ __forceinline__ void gather(Shared<kGated>& shared, Ring<kStages>& ring,
+                                         const Call& call, int block, int strip) const {
+    const Gather share(call, strip);
+#pragma unroll 1
+    for (int half = 0; half < halves(); ++half) {
+      if (!in_use(parts(block)[half])) continue;
+      Gather::Tokens tokens;
+#pragma unroll
+      for (int turn = 0; turn < Gather::kTurns; ++turn) {
+        const int token = half * kHalfTokens + token_of(Gather::row(turn));
+        tokens[turn] = token < chunk.forward.tokens ? token : -1;
+      }
+      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      share.copy(shared.sources[ring.stage], tokens);
+      ptx::copy_async_arrive(&shared.full[ring.stage]);
+      ring.advance();
+    }
+  }
+
+  __device__ __forceinline__ void spread(Shared<kGated>& shared, Ring<kStages>& ring,
+                                         int block) const {
     constexpr int kMatrices = Config<kGated>::kMatrices;
     const ForwardChunk& forward = chunk.forward;
     const int thread = static_cast<int>(threadIdx.x) % kProducers;
     const int piece = thread % 8;
     const std::uint32_t* const columns[3] = {chunk.dg, kGated ? chunk.du : chunk.h, chunk.h};
     const int words = forward.blocks * kMaskWords;
-    std::uint32_t number = first_turn;
 #pragma unroll 1
     for (int half = 0; half < halves(); ++half) {
       const ListPart part = parts(block)[half];
       if (!in_use(part)) continue;
-      const Turn turn(number);
-      if (number++ % kProducerGroups != static_cast<std::uint32_t>(group)) continue;
       const std::uint32_t* masks =
           forward.masks + static_cast<std::size_t>(half & ~1) * words + block * (kRowNeurons / 32);
       const std::uint32_t used[2] = {masks[0] | masks[words], masks[1] | masks[words + 1]};
       const std::size_t column = static_cast<std::size_t>(half) * forward.capacity + part.first;
-      ptx::mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);
+      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
 #pragma unroll
       for (int i = 0; i < kRowNeurons * 8 / kProducers; ++i) {
         const int neuron = thread / 8 + i * (kProducers / 8);
@@ -265,17 +318,13 @@ struct HalfTiles {
         const std::size_t at = (column + (exists ? rank : 0)) * kColumnWords + piece * 4;
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
-          ptx::copy_async_16(ptx::shared_address(shared.coefficients[turn.stage][m]) +
+          ptx::copy_async_16(ptx::shared_address(shared.coefficients[ring.stage][m]) +
                                  neuron * 128 + ((piece ^ (neuron % 8)) * 16),
                              columns[m] + at, exists);
         }
       }
-      gather(shared.sources[turn.stage], call, strip, [&](int k) {
-        const int token = half * kHalfTokens + token_of(k);
-        return token < forward.tokens ? token : -1;
-      });
-      ptx::mbarrier_arrive(&shared.full[turn.stage]);
-      ptx::copy_async_arrive(&shared.full[turn.stage]);
+      ptx::copy_async_arrive(&shared.full[ring.stage]);
+      ring.advance();
     }
   }
 };
@@ -396,9 +445,9 @@ __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
   __syncthreads();
 
   const int warpgroup = threadIdx.x / 128;
-  if (warpgroup < kProducerGroups) {
+  if (warpgroup < 2) {
     ptx::register_decrease<Config<kGated>::kProducerRegisters>();
-    std::uint32_t turn = 0;
+    Ring<kStages> ring;
     int index = blockIdx.x;
 #pragma unroll 1
     for (std::uint32_t n = 0; index < blocks * call.strips; index = next_item(shared, n++)) {
@@ -408,14 +457,17 @@ __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
       }
       const Item item(index, blocks, call.strips);
       const int block = work.block(item.rank);
-      work.produce(shared, call, block, item.strip, warpgroup, turn);
-      turn += static_cast<std::uint32_t>(work.steps(block));
+      if (warpgroup == 0) {
+        work.gather(shared, ring, call, block, item.strip);
+      } else {
+        work.spread(shared, ring, block);
+      }
       if (threadIdx.x == 0) publish_item(shared, n, taken);
       __syncwarp();
     }
   } else {
     ptx::register_increase<Config<kGated>::kConsumerRegisters>();
-    consume<kGated>(shared, work, call, blocks, warpgroup - kProducerGroups);
+    consume<kGated>(shared, work, call, blocks, warpgroup - 2);
   }
 }
 
