@@ -83,7 +83,7 @@ class Backward {
 
   Status run() {
     if (problem_.tokens == 0) return zero_weights();
-    if (lists_.blocks > 0) then(launch_begin_lists(lists_, stream_));
+    if (lists_.blocks > 0) then(launch_begin_lists(lists_, chunk_.forward.neurons, stream_));
     const std::int64_t step = layout_.tiles * kTileTokens;
     for (std::int64_t first = 0; first < problem_.tokens && status_.ok(); first += step) {
       const std::int64_t left = problem_.tokens - first;
@@ -114,12 +114,16 @@ class Backward {
   bool wants_weights() const { return args_.grad_gate || args_.grad_up || args_.grad_down; }
 
   void set_lists() {
+    chunk_.forward.word_first = at<std::int32_t>(layout_.word_first);
     lists_.blocks = static_cast<int>(layout_.blocks);
     lists_.capacity = static_cast<int>(layout_.rows);
     lists_.entry_capacity = static_cast<int>(layout_.entries);
     lists_.state = at<ListState>(layout_.list_state);
     lists_.parts = at<ListPart>(layout_.lists);
-    lists_.half_first = at<std::int32_t>(layout_.list_places);
+    lists_.block_first = at<std::int32_t>(layout_.list_places);
+    lists_.activity = at<std::int32_t>(layout_.activity);
+    lists_.neurons = at<std::int32_t>(layout_.list_neurons);
+    lists_.active = at<ActiveTokens>(layout_.active);
     lists_.counts = at<std::int32_t>(layout_.token_counts);
     lists_.order = at<std::int32_t>(layout_.list_order);
     lists_.rows = at<ListRow>(layout_.list_rows);

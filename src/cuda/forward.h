@@ -59,8 +59,10 @@ struct ForwardChunk {
   std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: block b's n-th used column at 256 b + n
   UnionEntry* unions;      // [tiles, capacity]
   std::int32_t* counts;    // [tiles]: union neurons
-  std::uint32_t* h;        // [2 tiles, capacity, 32]: columns of h by union position
-  std::int32_t* order;     // [tiles]: tiles by falling count
+  std::int32_t*
+      word_first;       // [tiles, blocks * 8]: union neurons before each word; null: not wanted
+  std::uint32_t* h;     // [2 tiles, capacity, 32]: columns of h by union position
+  std::int32_t* order;  // [tiles]: tiles by falling count
   Schedule* schedule;
 };
 

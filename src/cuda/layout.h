@@ -125,6 +125,7 @@ struct BackwardLayout {
   std::size_t lists, token_counts, list_rows;
   std::size_t tokens, projection_rows, hidden_rows;               // NeuronRows
   std::size_t list_state, list_places, list_order, list_entries;  // TokenLists
+  std::size_t word_first, activity, list_neurons, active;
   std::size_t totals[3];  // of the gradients of G, U, D; TokenLists: their lower halves
   std::size_t bytes;
 
@@ -161,9 +162,13 @@ struct BackwardLayout {
       rows = all_tiles * kTileTokens;
       entries = std::min(ceil_div(problem.tokens * problem.neurons, kEntryShare), kMaxEntries);
       total_bytes = 2;
+      word_first = carve.take(tiles * SavedLayout(problem).half_words * 4);
       list_state = carve.take(32);
-      lists = carve.take(blocks * 2 * tiles * 16);
-      list_places = carve.take(2 * tiles * 4);
+      activity = carve.take(problem.neurons * 4);
+      list_neurons = carve.take(blocks * kRowNeurons * 4);
+      active = carve.take(2 * tiles * capacity * 8);
+      lists = carve.take(blocks * 2 * tiles * 12);
+      list_places = carve.take(blocks * 4);
       token_counts = carve.take(2 * blocks * 4);
       list_order = carve.take(blocks * 4);
       list_rows = carve.take(blocks * rows * 8);

@@ -1,6 +1,8 @@
 #pragma once
 // The gradients of the weights, summed over tokens, by lists: for each block of 64 neurons those
-// tokens of a pass that use one of them, and for each of these its coefficients that are not 0.
+// tokens of a pass that use one of them, and the block's coefficients that are not 0. Blocks are
+// not of neighbours but of neurons that are active about equally often, so that those of rare
+// neurons have short lists.
 //
 // The lists grow chunk by chunk into one arena and are multiplied once, after the last chunk. A
 // chunk whose coefficients do not fit is *dense*: its products are made at once, half tile by half
@@ -17,34 +19,40 @@
 
 namespace twell::cuda {
 
-// What a half tile adds to a block's list, and where its columns are.
-struct ListPart {
-  // The listed tokens: bit 8 w + r of the first for token 16 w + r, of the second for the token 8
-  // further on.
-  std::uint32_t tokens[2];
-  std::int32_t first;  // the block's positions in the tile's union: [first, first + columns)
-  std::uint32_t columns_count;  // columns in bits 0-7, coefficients above
-
-  __device__ int columns() const { return static_cast<int>(columns_count & 0xffu); }
-  __device__ int coefficients() const { return static_cast<int>(columns_count >> 8); }
+// Which of a column's values are not 0 in any of the coefficients: bit 8 w + r of the first word is
+// token 16 w + r of the half tile, of the second word the token 8 further on.
+struct ActiveTokens {
+  std::uint32_t words[2];
 };
 
-// A token of a list, and its part of the arena.
+// What a half tile adds to a block's list.
+struct ListPart {
+  ActiveTokens tokens;  // all that are listed
+  std::int32_t coefficients;
+};
+
+// A token of a list, and its part of the arena. Each chunk's rows are filled up to a multiple of
+// 64 with kNoToken, so that 64 rows' coefficients lie side by side.
 struct ListRow {
+  static constexpr std::uint32_t kNoToken = ~0u;
+
   std::uint32_t token;  // row of x and dy
   std::uint32_t place;  // how many coefficients in bits 0-6, the first above
 
-  __device__ int count() const { return static_cast<int>(place & 0x7fu); }
   __device__ int first() const { return static_cast<int>(place >> 7); }
+  __device__ int end() const { return first() + static_cast<int>(place & 0x7fu); }
 };
 
 // The coefficients of a token and a neuron of the block, bf16.
 struct ListEntry {
-  std::uint32_t neuron_dg;  // the neuron within the block in bits 0-15, dg above
+  std::uint32_t place_dg;  // neuron of the block in bits 0-5, row modulo 64 in bits 6-11; dg above
   std::uint32_t du_h;
+
+  __device__ std::uint32_t neuron() const { return place_dg & 63u; }
+  __device__ std::uint32_t row() const { return place_dg >> 6 & 63u; }
 };
 
-static_assert(sizeof(ListPart) == 16 && sizeof(ListRow) == 8 && sizeof(ListEntry) == 8);
+static_assert(sizeof(ListPart) == 12 && sizeof(ListRow) == 8 && sizeof(ListEntry) == 8);
 
 struct ListState {
   std::int32_t entries;       // in the arena
@@ -62,8 +70,11 @@ struct TokenLists {
   int parity;          // of the chunk's number
 
   ListState* state;
-  ListPart* parts;           // [blocks, 2 tiles of a chunk]
-  std::int32_t* half_first;  // [2 tiles of a chunk]: a half tile's first entry
+  std::int32_t* activity;     // [N]: active tokens of the first chunk
+  std::int32_t* neurons;      // [blocks, 64]: those of each block; negative: none
+  ActiveTokens* active;       // [2 tiles of a chunk, capacity]: by union position
+  ListPart* parts;            // [blocks, 2 tiles of a chunk]
+  std::int32_t* block_first;  // [blocks]: the chunk's first entry
   std::int32_t* counts;  // [2, blocks]: rows after this chunk at `parity`, before it at the other
   std::int32_t* order;   // [blocks]: by falling count
   ListRow* rows;         // [blocks, capacity]
@@ -79,10 +90,11 @@ struct WeightGradients {
   std::uint16_t* low[3];
 };
 
-// Resets the state and the counts, before the first chunk.
-Status launch_begin_lists(const TokenLists& lists, cudaStream_t stream);
+// Resets the state, the counts and the activity, before the first chunk.
+Status launch_begin_lists(const TokenLists& lists, int neurons, cudaStream_t stream);
 
-// parts, state; rows, entries and counts += those of a chunk that is not dense.
+// active, parts, state; with the first chunk neurons; rows, entries and counts += those of a chunk
+// that is not dense.
 Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists,
                            cudaStream_t stream);
 

@@ -64,6 +64,7 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
                            block * kBlockNeurons + sum_in_block(__popc(used[1]))};
     int total;
     int position = count + exclusive_sum(__popc(used[0] | used[1]), scratch[turn], total);
+    if (chunk.word_first && word < words) chunk.word_first[tile * words + word] = position;
     for (std::uint32_t rest = used[0] | used[1]; rest != 0; rest &= rest - 1) {
       const int bit = __ffs(rest) - 1;
       const std::uint32_t below = (1u << bit) - 1;

@@ -12,6 +12,7 @@
 #include "cuda/quad.cuh"
 #include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/products.h"
+#include "cuda/token_lists.cuh"
 
 namespace twell::cuda::sm90 {
 namespace {
@@ -52,7 +53,6 @@ struct Call {
   const __nv_bfloat16* sources[2];  // x, dy: of the pass for lists, of the chunk where it is dense
   Gradient gradients[3];
   int hidden;
-  int neurons;
   int strips;  // of kColumns
 };
 
@@ -133,7 +133,7 @@ class Gather {
 };
 
 // Writes a coefficient of the token in row `row` to its place in a tile of kOuter layout.
-__device__ __forceinline__ void put(__nv_bfloat16* tile, int row, std::uint32_t neuron,
+__device__ __forceinline__ void put(__nv_bfloat16* tile, std::uint32_t row, std::uint32_t neuron,
                                     std::uint32_t value) {
   reinterpret_cast<std::uint16_t*>(tile)[row * 64 + (((neuron / 8) ^ (row % 8)) * 8) + neuron % 8] =
       static_cast<std::uint16_t>(value);
@@ -141,9 +141,9 @@ __device__ __forceinline__ void put(__nv_bfloat16* tile, int row, std::uint32_t 
 
 template <bool kGated>
 __device__ __forceinline__ void put(
-    __nv_bfloat16 (&tiles)[Config<kGated>::kMatrices][kTileElements], int row, ListEntry entry) {
-  const std::uint32_t neuron = entry.neuron_dg & 0xffffu;
-  put(tiles[0], row, neuron, entry.neuron_dg >> 16);
+    __nv_bfloat16 (&tiles)[Config<kGated>::kMatrices][kTileElements], ListEntry entry) {
+  const std::uint32_t row = entry.row(), neuron = entry.neuron();
+  put(tiles[0], row, neuron, entry.place_dg >> 16);
   if constexpr (kGated) put(tiles[1], row, neuron, entry.du_h & 0xffffu);
   put(tiles[Config<kGated>::kMatrices - 1], row, neuron, entry.du_h >> 16);
 }
@@ -157,10 +157,12 @@ struct Lists {
   TokenLists lists;
 
   __device__ int block(int rank) const { return lists.order[rank]; }
-  __device__ int count(int block) const {
-    return lists.counts[lists.parity * lists.blocks + block];
+  __device__ int steps(int block) const {  // a list is filled up to a multiple of kStep
+    return lists.counts[lists.parity * lists.blocks + block] / kStep;
   }
-  __device__ int steps(int block) const { return ceil_div(count(block), kStep); }
+  __device__ const ListRow* rows(int block) const {
+    return lists.rows + static_cast<std::size_t>(block) * lists.capacity;
+  }
   __device__ bool runs() const { return true; }
   // Whether the gradients hold sums of dense chunks.
   __device__ bool adds() const { return lists.state->dense_chunks > 0; }
@@ -168,15 +170,14 @@ struct Lists {
   // All rows of x and dy of an item, by the first producer warpgroup.
   __device__ __forceinline__ void gather(Shared<kGated>& shared, Ring<kStages>& ring,
                                          const Call& call, int block, int strip) const {
-    const int all = count(block);
-    const int steps = ceil_div(all, kStep);
-    const ListRow* list = lists.rows + static_cast<std::size_t>(block) * lists.capacity;
+    const int steps = this->steps(block);
+    const ListRow* list = rows(block);
     const Gather share(call, strip);
     const auto load = [&](Gather::Tokens& tokens, int step) {
 #pragma unroll
       for (int turn = 0; turn < Gather::kTurns; ++turn) {
         const int row = step * kStep + Gather::row(turn);
-        tokens[turn] = row < all ? static_cast<int>(list[row].token) : -1;
+        tokens[turn] = step < steps ? static_cast<int>(list[row].token) : -1;
       }
     };
     Gather::Tokens next;
@@ -193,52 +194,57 @@ struct Lists {
     }
   }
 
-  // All coefficients of an item, by the second: two threads for each row, taking turns.
+  // All coefficients of an item, by the second: a warp those of 16 rows, which lie side by side.
   __device__ __forceinline__ void spread(Shared<kGated>& shared, Ring<kStages>& ring,
                                          int block) const {
-    const int thread = static_cast<int>(threadIdx.x) % kProducers;
-    const int mine = thread / 2;
-    const int all = count(block);
-    const int steps = ceil_div(all, kStep);
-    const ListRow* list = lists.rows + static_cast<std::size_t>(block) * lists.capacity;
-    const auto load_row = [&](int step) {
-      const int row = step * kStep + mine;
-      return row < all ? list[row] : ListRow{};
+    constexpr int kRows = kStep / 4;
+    constexpr int kEarly = 4;  // entries per lane that are loaded a step ahead
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int first_row = static_cast<int>(threadIdx.x) % kProducers / 32 * kRows;
+    const int steps = this->steps(block);
+    const ListRow* list = rows(block) + first_row;
+    struct Range {  // of the warp's entries of a step
+      int first, end;
     };
-    // The row's entries that this thread puts; the first two are loaded a step ahead.
+    const auto range_of = [&](int step) {
+      if (step >= steps) return Range{0, 0};
+      return Range{list[step * kStep].first(), list[step * kStep + kRows - 1].end()};
+    };
     struct Share {
       int place, end;
-      ListEntry early[2];
+      ListEntry early[kEarly];
     };
-    const auto load = [&](ListRow row) {
-      const int place = row.first() + thread % 2;
-      const int end = row.first() + row.count();
-      const ListEntry none = {};
-      return Share{place,
-                   end,
-                   {place < end ? lists.entries[place] : none,
-                    place + 2 < end ? lists.entries[place + 2] : none}};
+    const auto load = [&](Range range) {
+      Share share = {range.first + lane, range.end, {}};
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) {
+        if (share.place + 32 * i < share.end) share.early[i] = lists.entries[share.place + 32 * i];
+      }
+      return share;
     };
-    Share next = load(load_row(0));
-    ListRow next_row = load_row(1);
+    Share next = load(range_of(0));
+    Range next_range = range_of(1);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, ring.advance()) {
       const Share share = next;
-      next = load(next_row);
-      next_row = load_row(step + 2);
+      next = load(next_range);
+      next_range = range_of(step + 2);
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
       auto& tiles = shared.coefficients[ring.stage];
-      auto* zeros = reinterpret_cast<uint4*>(&tiles[0][0]);
 #pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(tiles) / 16 / kProducers); ++i) {
-        zeros[i * kProducers + thread] = make_uint4(0, 0, 0, 0);
+      for (auto& tile : tiles) {
+        auto* zeros = reinterpret_cast<uint4*>(tile + first_row * kRowNeurons);
+#pragma unroll
+        for (int i = lane; i < kRows * kRowNeurons / 8; i += 32) zeros[i] = make_uint4(0, 0, 0, 0);
       }
-      ptx::named_barrier_sync(1, kProducers);  // zeros before coefficients
-      if (share.place < share.end) put<kGated>(tiles, mine, share.early[0]);
-      if (share.place + 2 < share.end) put<kGated>(tiles, mine, share.early[1]);
-#pragma unroll 1
-      for (int place = share.place + 4; place < share.end; place += 2) {
-        put<kGated>(tiles, mine, lists.entries[place]);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) {
+        if (share.place + 32 * i < share.end) put<kGated>(tiles, share.early[i]);
+      }
+#pragma unroll 4
+      for (int place = share.place + 32 * kEarly; place < share.end; place += 32) {
+        put<kGated>(tiles, lists.entries[place]);
       }
       ptx::fence_async_proxy();
       ptx::mbarrier_arrive(&shared.full[ring.stage]);
@@ -258,7 +264,7 @@ struct HalfTiles {
   __device__ int halves() const { return 2 * chunk.forward.tiles; }
   __device__ const ListPart* parts(int block) const { return lists.parts + block * halves(); }
   __device__ static bool in_use(const ListPart& part) {
-    return (part.tokens[0] | part.tokens[1]) != 0;
+    return (part.tokens.words[0] | part.tokens.words[1]) != 0;
   }
   __device__ int block(int rank) const { return rank; }
   __device__ int steps(int block) const {  // all lanes of a warp call
@@ -294,33 +300,45 @@ struct HalfTiles {
   __device__ __forceinline__ void spread(Shared<kGated>& shared, Ring<kStages>& ring,
                                          int block) const {
     constexpr int kMatrices = Config<kGated>::kMatrices;
-    const ForwardChunk& forward = chunk.forward;
     const int thread = static_cast<int>(threadIdx.x) % kProducers;
     const int piece = thread % 8;
     const std::uint32_t* const columns[3] = {chunk.dg, kGated ? chunk.du : chunk.h, chunk.h};
-    const int words = forward.blocks * kMaskWords;
+    constexpr int kNeurons = kRowNeurons * 8 / kProducers;  // of a thread
+    const int first = thread / 8;
+    int neurons[kNeurons];
+#pragma unroll
+    for (int i = 0; i < kNeurons; ++i) {
+      neurons[i] = lists.neurons[block * kRowNeurons + first + i * (kProducers / 8)];
+    }
+    // Looks ahead to the next half tile in use, and where the neurons stand in its union.
+    int positions[kNeurons];
+    const auto seek = [&](int half) {
+      while (half < halves() && !in_use(parts(block)[half])) ++half;
+      if (half == halves()) return half;
+#pragma unroll
+      for (int i = 0; i < kNeurons; ++i) {
+        positions[i] = union_position(chunk.forward, half / 2, neurons[i]);
+      }
+      return half;
+    };
+    int next = seek(0);
 #pragma unroll 1
-    for (int half = 0; half < halves(); ++half) {
-      const ListPart part = parts(block)[half];
-      if (!in_use(part)) continue;
-      const std::uint32_t* masks =
-          forward.masks + static_cast<std::size_t>(half & ~1) * words + block * (kRowNeurons / 32);
-      const std::uint32_t used[2] = {masks[0] | masks[words], masks[1] | masks[words + 1]};
-      const std::size_t column = static_cast<std::size_t>(half) * forward.capacity + part.first;
+    while (next < halves()) {
+      const std::size_t column = static_cast<std::size_t>(next) * chunk.forward.capacity;
+      int places[kNeurons];
+#pragma unroll
+      for (int i = 0; i < kNeurons; ++i) places[i] = positions[i];
+      next = seek(next + 1);
       ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
 #pragma unroll
-      for (int i = 0; i < kRowNeurons * 8 / kProducers; ++i) {
-        const int neuron = thread / 8 + i * (kProducers / 8);
-        const std::uint32_t own = used[neuron / 32];
-        const bool exists = (own >> (neuron % 32)) & 1u;
-        const int rank =
-            (neuron < 32 ? 0 : __popc(used[0])) + __popc(own & ((1u << (neuron % 32)) - 1));
-        const std::size_t at = (column + (exists ? rank : 0)) * kColumnWords + piece * 4;
+      for (int i = 0; i < kNeurons; ++i) {
+        const int row = first + i * (kProducers / 8);
+        const std::size_t at = (column + max(places[i], 0)) * kColumnWords + piece * 4;
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
-          ptx::copy_async_16(ptx::shared_address(shared.coefficients[ring.stage][m]) +
-                                 neuron * 128 + ((piece ^ (neuron % 8)) * 16),
-                             columns[m] + at, exists);
+          ptx::copy_async_16(ptx::shared_address(shared.coefficients[ring.stage][m]) + row * 128 +
+                                 ((piece ^ (row % 8)) * 16),
+                             columns[m] + at, places[i] >= 0);
         }
       }
       ptx::copy_async_arrive(&shared.full[ring.stage]);
@@ -335,16 +353,19 @@ __device__ __forceinline__ float2 join(std::uint32_t high, std::uint32_t low) {
           __uint_as_float((high & 0xffff0000u) | low >> 16)};
 }
 
+// The neurons whose sums a thread holds; negative: none.
+using Neurons = int[2];
+
 // Adds the sums kept in `gradient` to `acc`.
 __device__ __forceinline__ void add_kept(float (&acc)[kColumns / 2], const Call& call,
-                                         const Gradient& gradient, int neuron, int column) {
+                                         const Gradient& gradient, const Neurons& neurons,
+                                         int column) {
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
-      if (neuron + 8 * s >= call.neurons || column + 8 * j >= call.hidden) continue;
-      const std::size_t at =
-          static_cast<std::size_t>(neuron + 8 * s) * call.hidden + column + 8 * j;
+      if (neurons[s] < 0 || column + 8 * j >= call.hidden) continue;
+      const std::size_t at = static_cast<std::size_t>(neurons[s]) * call.hidden + column + 8 * j;
       const float2 kept = join(*reinterpret_cast<const std::uint32_t*>(gradient.rows + at),
                                *reinterpret_cast<const std::uint32_t*>(gradient.low + at));
       acc[4 * j + 2 * s] += kept.x;
@@ -354,14 +375,13 @@ __device__ __forceinline__ void add_kept(float (&acc)[kColumns / 2], const Call&
 }
 
 __device__ __forceinline__ void keep(const float (&acc)[kColumns / 2], const Call& call,
-                                     const Gradient& gradient, int neuron, int column) {
+                                     const Gradient& gradient, const Neurons& neurons, int column) {
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
-      if (neuron + 8 * s >= call.neurons || column + 8 * j >= call.hidden) continue;
-      const std::size_t at =
-          static_cast<std::size_t>(neuron + 8 * s) * call.hidden + column + 8 * j;
+      if (neurons[s] < 0 || column + 8 * j >= call.hidden) continue;
+      const std::size_t at = static_cast<std::size_t>(neurons[s]) * call.hidden + column + 8 * j;
       const std::uint32_t a = __float_as_uint(acc[4 * j + 2 * s]);
       const std::uint32_t b = __float_as_uint(acc[4 * j + 2 * s + 1]);
       *reinterpret_cast<std::uint32_t*>(gradient.rows + at) = a >> 16 | (b & 0xffff0000u);
@@ -371,11 +391,11 @@ __device__ __forceinline__ void keep(const float (&acc)[kColumns / 2], const Cal
 }
 
 __device__ __forceinline__ void store(const float (&acc)[kColumns / 2], const Call& call,
-                                      const Gradient& gradient, int neuron, int first_column) {
+                                      const Gradient& gradient, const Neurons& neurons,
+                                      int first_column) {
   const int quad = threadIdx.x % 4;
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    __nv_bfloat16* out = gradient.rows + static_cast<std::size_t>(neuron + 8 * s) * call.hidden;
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j += 4) {
       const float* v = acc + 4 * j + 2 * s;
@@ -384,8 +404,9 @@ __device__ __forceinline__ void store(const float (&acc)[kColumns / 2], const Ca
                                        ptx::pack(v[8], v[9]), ptx::pack(v[12], v[13])),
                             quad);
       const int column = first_column + 8 * (j + quad);
-      if (neuron + 8 * s < call.neurons && column < call.hidden) {
-        *reinterpret_cast<uint4*>(out + column) = words;
+      if (neurons[s] >= 0 && column < call.hidden) {
+        *reinterpret_cast<uint4*>(
+            gradient.rows + static_cast<std::size_t>(neurons[s]) * call.hidden + column) = words;
       }
     }
   }
@@ -414,13 +435,14 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
           if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
         });
     if (!gradient.rows) continue;
-    const int neuron = block * kRowNeurons + warp * 16 + lane / 4;
+    const std::int32_t* row = work.lists.neurons + block * kRowNeurons + warp * 16 + lane / 4;
+    const Neurons neurons = {row[0], row[8]};
     const int column = item.strip * kColumns;
-    if (adds) add_kept(acc, call, gradient, neuron, column + 2 * (lane % 4));
+    if (adds) add_kept(acc, call, gradient, neurons, column + 2 * (lane % 4));
     if constexpr (Work::kLast) {
-      store(acc, call, gradient, neuron, column);
+      store(acc, call, gradient, neurons, column);
     } else {
-      keep(acc, call, gradient, neuron, column + 2 * (lane % 4));
+      keep(acc, call, gradient, neurons, column + 2 * (lane % 4));
     }
   }
 }
@@ -492,7 +514,6 @@ Call make_call(const BackwardChunk& chunk, const void* x, const void* dy,
   add(gradients.up, gradients.low[1]);
   add(gradients.down, gradients.low[2]);
   call.hidden = chunk.forward.hidden;
-  call.neurons = chunk.forward.neurons;
   call.strips = ceil_div(call.hidden, kColumns);
   return call;
 }
