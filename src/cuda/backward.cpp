@@ -40,6 +40,7 @@ class Backward {
  public:
   Backward(const FfnPlan& plan, const FfnBackwardArgs& args)
       : problem_(plan.problem),
+        products_(backward_products_for(plan.device)),
         multiprocessors_(plan.device.multiprocessors),
         args_(args),
         layout_(plan),
@@ -115,10 +116,10 @@ class Backward {
                         first / kHalfTokens * SavedLayout(problem_).half_words;
     then(launch_complete_masks(chunk_, saved, stream_));
     then(launch_unions(chunk_.forward, stream_));
-    then(sm80::launch_coefficients(chunk_, args_.weights, multiprocessors_, stream_));
+    then(products_.coefficients(chunk_, args_.weights, multiprocessors_, stream_));
     if (args_.grad_x) {
       auto* dx = static_cast<std::uint16_t*>(args_.grad_x) + row;
-      then(sm80::launch_input_gradient(chunk_, args_.weights, dx, stream_));
+      then(products_.input_gradient(chunk_, args_.weights, dx, multiprocessors_, stream_));
     }
     const bool wants_projections = of_projections_[0].grad || of_projections_[1].grad;
     if (!wants_projections && !of_down_.grad) return;
@@ -136,6 +137,7 @@ class Backward {
   }
 
   const FfnProblem problem_;
+  const BackwardProducts& products_;
   const int multiprocessors_;
   const FfnBackwardArgs& args_;
   const BackwardLayout layout_;

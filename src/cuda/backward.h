@@ -64,6 +64,18 @@ struct WeightGradient {
   float* totals;
 };
 
+// The products of a chunk over its unions, for one family of GPUs, as Products (forward.h).
+struct BackwardProducts {
+  // dg, du, h ← x, dy and the weights.
+  Status (*coefficients)(const BackwardChunk& chunk, const FfnWeights& weights, int multiprocessors,
+                         cudaStream_t stream);
+  // dx [chunk tokens, hidden] ← dg G + du U (plain: dg U).
+  Status (*input_gradient)(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                           int multiprocessors, cudaStream_t stream);
+};
+
+const BackwardProducts& backward_products_for(const Device& device);
+
 // masks ← those of the forward, completed; nonfinite; and resets the schedule. A NaN or an infinity
 // in dy or in grad_l1 reaches every neuron, active or not, as 0 · inf is NaN.
 Status launch_complete_masks(const BackwardChunk& chunk, const std::uint32_t* saved_masks,

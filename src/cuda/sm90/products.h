@@ -1,6 +1,7 @@
 #pragma once
 // The products on Hopper (sm_90a): WGMMA and TMA.
 
+#include "cuda/backward.h"
 #include "cuda/forward.h"
 
 namespace twell::cuda::sm90 {
@@ -11,5 +12,9 @@ Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int
                  cudaStream_t stream);
 Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
                    cudaStream_t stream);
+
+// The backward's, as in backward.h.
+Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                             int multiprocessors, cudaStream_t stream);
 
 }  // namespace twell::cuda::sm90
