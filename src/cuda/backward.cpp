@@ -44,6 +44,7 @@ class Backward {
         multiprocessors_(plan.device.multiprocessors),
         args_(args),
         layout_(plan),
+        saved_(plan),
         stream_(static_cast<cudaStream_t>(args.stream)) {
     const bool gated = problem_.kind == FfnKind::kGated;
     ForwardChunk& f = chunk_.forward;
@@ -112,8 +113,8 @@ class Backward {
     const std::int64_t row = first * problem_.hidden;
     chunk_.x = static_cast<const std::uint16_t*>(args_.x) + row;
     chunk_.dy = static_cast<const std::uint16_t*>(args_.grad_y) + row;
-    const auto* saved = static_cast<const std::uint32_t*>(args_.saved) +
-                        first / kHalfTokens * SavedLayout(problem_).half_words;
+    const auto* saved =
+        static_cast<const std::uint32_t*>(args_.saved) + first / kHalfTokens * saved_.half_words;
     then(launch_complete_masks(chunk_, saved, stream_));
     then(launch_unions(chunk_.forward, stream_));
     then(products_.coefficients(chunk_, args_.weights, multiprocessors_, stream_));
@@ -141,6 +142,7 @@ class Backward {
   const int multiprocessors_;
   const FfnBackwardArgs& args_;
   const BackwardLayout layout_;
+  const SavedLayout saved_;
   const cudaStream_t stream_;
   BackwardChunk chunk_ = {};
   NeuronRows rows_ = {};

@@ -1,4 +1,5 @@
-// The up projection over the unions of a chunk on Hopper: h = columns ⊙ (x Uᵀ).
+// The up projection over the unions of a chunk on Hopper: h = columns ⊙ (x Uᵀ), and what is kept of
+// both factors for the backward.
 
 #include "cuda/check.h"
 #include "cuda/ptx/convert.cuh"
@@ -54,7 +55,8 @@ class UpEpilogue::Consumer {
   template <int kN>
   struct Held {
     std::uint32_t g[kN / 4];
-    int valid;  // positions from this thread's first one on that are no padding
+    int count;  // of the union
+    int place;  // of the tile's saved columns
   };
 
   template <int kN>
@@ -69,17 +71,22 @@ class UpEpilogue::Consumer {
       held.g[2 * j] = source.x == kAbsent ? 0 : columns[source.x * kColumnWords];
       held.g[2 * j + 1] = source.y == kAbsent ? 0 : columns[source.y * kColumnWords];
     }
-    held.valid = chunk_.counts[item.tile] - item.first * kUnionItem - 2 * quad();
+    held.count = chunk_.counts[item.tile];
+    held.place = chunk_.place(item.tile);
     return held;
   }
 
   template <int kN>
   __device__ __forceinline__ void after(const float (&sums)[kN / 2], const Held<kN>& held,
                                         GatherRing&, UnionItem item) const {
+    const int first = item.first * kUnionItem + 2 * quad();  // this thread's first position
     std::uint32_t* h =
-        chunk_.h +
-        (half_tile(item) * chunk_.capacity + item.first * kUnionItem + 2 * quad()) * kColumnWords +
-        word();
+        chunk_.h + (half_tile(item) * chunk_.capacity + first) * kColumnWords + word();
+    const bool saves = held.place >= 0;
+    const std::int64_t saved =
+        (SavedColumns::column(held.place, half_, held.count) + first) * kColumnWords + word();
+    std::uint32_t* saved_g = chunk_.saved.g + saved;
+    std::uint32_t* saved_u = chunk_.saved.u + saved;
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
@@ -88,7 +95,12 @@ class UpEpilogue::Consumer {
         const std::uint32_t g = held.g[2 * j + parity];
         const std::uint32_t value = ptx::pack(ptx::low_half(g) * u[0], ptx::high_half(g) * u[2]);
         const int position = 8 * j + parity;
-        h[position * kColumnWords] = position < held.valid ? value : 0;  // padding is no 0 · inf
+        const bool in_use = first + position < held.count;  // padding is no 0 · inf
+        h[position * kColumnWords] = in_use ? value : 0;
+        if (saves) {
+          saved_g[position * kColumnWords] = g;
+          saved_u[position * kColumnWords] = ptx::pack(u[0], u[2]);
+        }
       }
     }
   }
