@@ -147,7 +147,7 @@ struct BackwardLayout {
   std::int64_t groups = 0;    // of blocks of kRowNeurons
   std::int64_t blocks = 0;    // of a group
 
-  std::size_t masks, nonfinite, unions, counts, order, schedule;
+  std::size_t masks, nonfinite, places, unions, counts, order, schedule;
   std::size_t coefficients[3];  // dg, du, h
   std::size_t lists, tokens, token_counts, projection_rows, hidden_rows;
   std::size_t totals[3];  // of the gradients of G, U, D
@@ -170,6 +170,7 @@ struct BackwardLayout {
     Parts carve;
     masks = carve.take(2 * tiles * SavedLayout(plan).half_words * 4);
     nonfinite = carve.take(2 * tiles * 8);
+    places = carve.take(2 * tiles * 4);
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
     order = carve.take(tiles * 4);

@@ -10,6 +10,14 @@ namespace {
 // Hopper's own instructions exist on no other GPU, older or newer.
 bool is_hopper(const Device& device) { return device.compute_capability / 10 == 9; }
 
+// Of the tiles whose columns the forward has kept; then of all others.
+Status launch_hopper_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+                                  int multiprocessors, cudaStream_t stream) {
+  Status status = sm90::launch_coefficients(chunk, weights, multiprocessors, stream);
+  if (!status.ok()) return status;
+  return sm80::launch_coefficients_anew(chunk, weights, multiprocessors, stream);
+}
+
 }  // namespace
 
 const Products& products_for(const Device& device) {
@@ -21,7 +29,7 @@ const Products& products_for(const Device& device) {
 const BackwardProducts& backward_products_for(const Device& device) {
   static constexpr BackwardProducts kAmpere = {sm80::launch_coefficients,
                                                sm80::launch_input_gradient};
-  static constexpr BackwardProducts kHopper = {sm80::launch_coefficients,
+  static constexpr BackwardProducts kHopper = {launch_hopper_coefficients,
                                                sm90::launch_input_gradient};
   return is_hopper(device) ? kHopper : kAmpere;
 }
