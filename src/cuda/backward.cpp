@@ -1,7 +1,7 @@
 // The sparse FFN backward on CUDA, chunk by chunk of tokens:
 //
 //   1. masks         the forward's, completed where dy is not finite, and their unions
-//   2. coefficients  dg, du and h over the unions; g and u are made anew
+//   2. coefficients  dg, du and h over the unions; g and u are made anew where none were kept
 //   3. dx            dg G + du U over the unions
 //   4. weights       group by group of neurons: lists of tokens, then the gradients
 //
@@ -42,9 +42,11 @@ class Backward {
  public:
   Backward(const FfnPlan& plan, const FfnBackwardArgs& args)
       : problem_(plan.problem),
+        products_(backward_products_for(plan.device)),
         multiprocessors_(plan.device.multiprocessors),
         args_(args),
         layout_(plan),
+        saved_(plan),
         stream_(static_cast<cudaStream_t>(args.stream)) {
     const bool gated = problem_.kind == FfnKind::kGated;
     ForwardChunk& f = chunk_.forward;
@@ -59,6 +61,12 @@ class Backward {
     f.schedule = at<Schedule>(layout_.schedule);
     chunk_.grad_l1 = static_cast<const float*>(args.grad_l1);
     chunk_.nonfinite = at<std::uint32_t>(layout_.nonfinite);
+    chunk_.places = at<std::int32_t>(layout_.places);
+    if (saved_.positions > 0) {
+      chunk_.saved_g = at_saved<std::uint32_t>(saved_.g);
+      chunk_.saved_u = gated ? at_saved<std::uint32_t>(saved_.u) : nullptr;
+      chunk_.saved_positions = static_cast<int>(saved_.positions);
+    }
     chunk_.dg = at<std::uint32_t>(layout_.coefficients[0]);
     chunk_.du = gated ? at<std::uint32_t>(layout_.coefficients[1]) : nullptr;
     chunk_.h = at<std::uint32_t>(layout_.coefficients[2]);
@@ -107,6 +115,11 @@ class Backward {
     return reinterpret_cast<T*>(static_cast<std::byte*>(args_.workspace) + offset);
   }
 
+  template <class T>
+  const T* at_saved(std::size_t offset) const {
+    return reinterpret_cast<const T*>(static_cast<const std::byte*>(args_.saved) + offset);
+  }
+
   void then(Status status) {
     if (status_.ok()) status_ = std::move(status);
   }
@@ -144,14 +157,16 @@ class Backward {
     const std::int64_t row = first * problem_.hidden;
     chunk_.x = static_cast<const std::uint16_t*>(args_.x) + row;
     chunk_.dy = static_cast<const std::uint16_t*>(args_.grad_y) + row;
-    const auto* saved = static_cast<const std::uint32_t*>(args_.saved) +
-                        first / kHalfTokens * SavedLayout(problem_).half_words;
-    then(launch_complete_masks(chunk_, saved, stream_));
+    const auto* masks =
+        at_saved<std::uint32_t>(saved_.masks) + first / kHalfTokens * saved_.half_words;
+    const auto* places =
+        chunk_.saved_g ? at_saved<std::int32_t>(saved_.places) + first / kTileTokens : nullptr;
+    then(launch_complete_masks(chunk_, masks, places, stream_));
     then(launch_unions(chunk_.forward, stream_));
-    then(sm80::launch_coefficients(chunk_, args_.weights, multiprocessors_, stream_));
+    then(products_.coefficients(chunk_, args_.weights, multiprocessors_, stream_));
     if (args_.grad_x) {
       auto* dx = static_cast<std::uint16_t*>(args_.grad_x) + row;
-      then(sm80::launch_input_gradient(chunk_, args_.weights, dx, stream_));
+      then(products_.input_gradient(chunk_, args_.weights, dx, multiprocessors_, stream_));
     }
     if (!wants_weights()) return;
     if (lists_.blocks > 0) {
@@ -176,9 +191,11 @@ class Backward {
   }
 
   const FfnProblem problem_;
+  const BackwardProducts& products_;
   const int multiprocessors_;
   const FfnBackwardArgs& args_;
   const BackwardLayout layout_;
+  const SavedLayout saved_;
   const cudaStream_t stream_;
   BackwardChunk chunk_ = {};
   TokenLists lists_ = {};  // no blocks: rows_ instead

@@ -38,10 +38,18 @@ struct BackwardChunk {
   bool first;            // chunk of the pass
   bool last;
 
+  const std::uint32_t* saved_g;  // the forward's SavedColumns; null: none
+  const std::uint32_t* saved_u;
+  int saved_positions;
+  std::int32_t* places;  // [2 tiles]: in them, of each half's tile; -1 if they are of no use
+
   std::uint32_t* nonfinite;  // [2 tiles, 2]: a bit for each token that must be on every list
   std::uint32_t* dg;         // [2 tiles, capacity, 32]
   std::uint32_t* du;         // the same; null for a plain block
   std::uint32_t* h;          // the same
+
+  // -1: g and u must be made anew.
+  __device__ int place(int tile) const { return places[2 * tile] < 0 ? -1 : places[2 * tile + 1]; }
 };
 
 // A group of blocks of neurons, and their tokens.
@@ -64,10 +72,23 @@ struct WeightGradient {
   float* totals;
 };
 
-// masks ← those of the forward, completed; nonfinite; and resets the schedule. A NaN or an infinity
-// in dy or in grad_l1 reaches every neuron, active or not, as 0 · inf is NaN.
+// The products of a chunk over its unions, for one family of GPUs, as Products (forward.h).
+struct BackwardProducts {
+  // dg, du, h ← x, dy and the weights.
+  Status (*coefficients)(const BackwardChunk& chunk, const FfnWeights& weights, int multiprocessors,
+                         cudaStream_t stream);
+  // dx [chunk tokens, hidden] ← dg G + du U (plain: dg U).
+  Status (*input_gradient)(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                           int multiprocessors, cudaStream_t stream);
+};
+
+const BackwardProducts& backward_products_for(const Device& device);
+
+// masks ← those of the forward, completed; places ← the forward's (null: none), but -1 where masks
+// were completed and so the union is another; nonfinite; and resets the schedule. A NaN or an
+// infinity in dy or in grad_l1 reaches every neuron, active or not, as 0 · inf is NaN.
 Status launch_complete_masks(const BackwardChunk& chunk, const std::uint32_t* saved_masks,
-                             cudaStream_t stream);
+                             const std::int32_t* saved_places, cudaStream_t stream);
 
 // All of `rows` ← coefficients.
 Status launch_neuron_rows(const BackwardChunk& chunk, const NeuronRows& rows, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// The masks of the forward for the backward, completed where dy is not finite. One CTA per half
-// tile, one warp per token.
+// The masks of the forward for the backward, completed where dy is not finite, and the places of
+// what else it has kept. One CTA per half tile, one warp per token.
 
 #include "cuda/backward.h"
 #include "cuda/check.h"
@@ -32,7 +32,8 @@ __device__ __forceinline__ bool row_has_nonfinite(const void* matrix, int token,
 }
 
 __global__ void __launch_bounds__(kThreads)
-    complete_masks_kernel(const BackwardChunk chunk, const std::uint32_t* saved_masks) {
+    complete_masks_kernel(const BackwardChunk chunk, const std::uint32_t* saved_masks,
+                          const std::int32_t* saved_places) {
   __shared__ std::uint32_t warps[kWarps];
   __shared__ std::uint32_t tokens[2][2];  // with a NaN or an infinity: of dy, of x
   const ForwardChunk& forward = chunk.forward;
@@ -71,6 +72,9 @@ __global__ void __launch_bounds__(kThreads)
   const bool complete =
       (tokens[0][0] | tokens[0][1]) != 0 || (chunk.grad_l1 && !is_finite(*chunk.grad_l1));
   for (int w = threadIdx.x; w < words; w += kThreads) out[w] = complete ? exist(w) : in[w];
+  if (threadIdx.x == 0) {
+    chunk.places[half_tile] = saved_places && !complete ? saved_places[half_tile / 2] : -1;
+  }
   if (threadIdx.x < 2) {
     chunk.nonfinite[2 * half_tile + threadIdx.x] = tokens[0][threadIdx.x] | tokens[1][threadIdx.x];
   }
@@ -79,9 +83,9 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 Status launch_complete_masks(const BackwardChunk& chunk, const std::uint32_t* saved_masks,
-                             cudaStream_t stream) {
+                             const std::int32_t* saved_places, cudaStream_t stream) {
   return launch(complete_masks_kernel, 2 * chunk.forward.tiles, kThreads, 0, stream, chunk,
-                saved_masks);
+                saved_masks, saved_places);
 }
 
 }  // namespace twell::cuda

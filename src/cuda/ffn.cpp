@@ -34,6 +34,7 @@ class Forward {
         multiprocessors_(plan.device.multiprocessors),
         args_(args),
         layout_(plan),
+        saved_(plan),
         stream_(static_cast<cudaStream_t>(args.stream)) {
     ForwardChunk& c = chunk_;
     c.hidden = static_cast<int>(problem_.hidden);
@@ -47,6 +48,12 @@ class Forward {
     c.h = at<std::uint32_t>(layout_.h);
     c.order = at<std::int32_t>(layout_.order);
     c.schedule = at<Schedule>(layout_.schedule);
+    if (args.saved && saved_.positions > 0) {
+      c.saved.g = at_saved<std::uint32_t>(saved_.g);
+      c.saved.u = gated() ? at_saved<std::uint32_t>(saved_.u) : nullptr;
+      c.saved.taken = at_saved<std::int32_t>(saved_.taken);
+      c.saved.positions = static_cast<int>(saved_.positions);
+    }
     if (wants_stats()) {
       activity_ = args.stats.activity ? args.stats.activity : at<std::int32_t>(layout_.activity);
       partial_l1_ = at<float>(layout_.partial_l1);
@@ -76,6 +83,11 @@ class Forward {
     return reinterpret_cast<T*>(static_cast<std::byte*>(args_.workspace) + offset);
   }
 
+  template <class T>
+  T* at_saved(std::size_t offset) const {
+    return reinterpret_cast<T*>(static_cast<std::byte*>(args_.saved) + offset);
+  }
+
   void then(Status status) {
     if (status_.ok()) status_ = std::move(status);
   }
@@ -93,8 +105,12 @@ class Forward {
     const FfnWeights& weights = args_.weights;
     const Tokens x = {args_.x, problem_.tokens, first};
     if (args_.saved) {
-      chunk_.masks = static_cast<std::uint32_t*>(args_.saved) +
-                     first / kHalfTokens * SavedLayout(problem_).half_words;
+      chunk_.masks =
+          at_saved<std::uint32_t>(saved_.masks) + first / kHalfTokens * saved_.half_words;
+    }
+    if (chunk_.saved.taken) {
+      chunk_.saved.places = at_saved<std::int32_t>(saved_.places) + first / kTileTokens;
+      chunk_.saved.first = first == 0;
     }
     then(products_.gate(chunk_, x, gated() ? weights.gate : weights.up, multiprocessors_, stream_));
     then(launch_unions(chunk_, stream_));
@@ -116,6 +132,7 @@ class Forward {
   const int multiprocessors_;
   const FfnForwardArgs& args_;
   const ForwardLayout layout_;
+  const SavedLayout saved_;
   const cudaStream_t stream_;
   ForwardChunk chunk_ = {};
   std::int32_t* activity_ = nullptr;  // null: no stats wanted

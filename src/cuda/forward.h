@@ -46,6 +46,22 @@ struct Schedule {
   UnionItem items[1];      // [item_count], longest first
 };
 
+// Where the forward of a training plan keeps the columns of g and u over the unions for the
+// backward: tile after tile, as far as there is room.
+struct SavedColumns {
+  std::uint32_t* g;      // [2 positions, 32]
+  std::uint32_t* u;      // the same; null for a plain block, whose only projection is g
+  std::int32_t* places;  // [tiles]: the first of a tile's positions; -1: it found no room
+  std::int32_t* taken;   // positions of this chunk and those before it
+  int positions;
+  bool first;  // chunk of the pass
+
+  // The column of position 0 of a half of a tile whose union has `count` neurons.
+  __host__ __device__ static std::int64_t column(int place, int half, int count) {
+    return std::int64_t{2} * place + half * ceil_div(count, kUnionStep) * kUnionStep;
+  }
+};
+
 // What the kernels of one chunk of tokens share.
 struct ForwardChunk {
   int tokens;    // rows of x in this chunk
@@ -64,6 +80,9 @@ struct ForwardChunk {
   std::uint32_t* h;     // [2 tiles, capacity, 32]: columns of h by union position
   std::int32_t* order;  // [tiles]: tiles by falling count
   Schedule* schedule;
+  SavedColumns saved;  // places is null where nothing is kept
+
+  __device__ int place(int tile) const { return saved.places ? saved.places[tile] : -1; }
 };
 
 static_assert(offsetof(Schedule, items) == 8);
@@ -81,7 +100,7 @@ struct Products {
   // masks, columns ← relu(x Gᵀ), and resets the schedule.
   Status (*gate)(const ForwardChunk& chunk, const Tokens& x, const void* gate, int multiprocessors,
                  cudaStream_t stream);
-  // h ← columns ⊙ (x Uᵀ) over the unions.
+  // h ← columns ⊙ (x Uᵀ) over the unions; and the saved columns.
   Status (*up)(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,
                cudaStream_t stream);
   // y ← h D; y [chunk.tokens, hidden].
@@ -93,10 +112,10 @@ struct Products {
 // (90) described as 80 runs the PTX for all other GPUs.
 const Products& products_for(const Device& device);
 
-// unions, counts, order, schedule ← masks.
+// unions, counts, order, schedule and the saved columns' places ← masks.
 Status launch_unions(const ForwardChunk& chunk, cudaStream_t stream);
 
-// h ← columns, by union position (the plain block).
+// h and the saved g ← columns, by union position (the plain block).
 Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
 
 // words [tokens, blocks, slots] ← masks, columns, as in twell/format.h; overflow += tile rows with

@@ -29,6 +29,10 @@ inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
 inline constexpr std::int64_t kEntryShare = 16;
 inline constexpr std::int64_t kMaxEntries = std::int64_t{1} << 25;
 
+// Room for the columns of g and u that the forward keeps for the backward: as if this share of all
+// neurons were in the union of each tile. Tiles for which it is too little are computed anew.
+inline constexpr double kSavedShare = 0.25;
+
 // Up to kMaxDecodeTokens tokens take the kernels that read each weight row at most once.
 inline constexpr int kMaxDecodeTokens = 64;
 inline constexpr int kDecodeTokens = 16;  // tokens of a group
@@ -97,14 +101,47 @@ struct ForwardLayout {
   }
 };
 
-// What the forward keeps for the backward: which columns of each half tile are in use.
+// What the forward keeps for the backward: which columns of each half tile are in use, and g and u
+// of the tiles that find room in what is left of plan.saved_bytes.
 struct SavedLayout {
-  std::int64_t half_words;  // 32-bit words of a half tile's masks
-  std::size_t masks = 0, bytes;
+  std::int64_t half_words;     // 32-bit words of a half tile's masks
+  std::int64_t positions = 0;  // of unions: columns of both halves, of g and of u
+  std::size_t masks = 0, taken, places, g, u;
+
+  explicit SavedLayout(const FfnPlan& plan) : SavedLayout(plan.problem) {
+    if (plan.saved_bytes > g) positions = whole_steps((plan.saved_bytes - g) / position_bytes_);
+    u = g + static_cast<std::size_t>(positions) * kPositionBytes;
+  }
+
+  // A plan's saved_bytes, with room for `share` of the columns that there can be.
+  static std::size_t bytes(const FfnProblem& problem, double share) {
+    const SavedLayout layout(problem);
+    const std::int64_t tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
+    const auto wanted = static_cast<double>(tiles * problem.neurons) * share;
+    const std::int64_t positions = whole_steps(static_cast<std::size_t>(wanted));
+    if (positions == 0) return static_cast<std::size_t>(2 * tiles * layout.half_words * 4);
+    return layout.g + static_cast<std::size_t>(positions) * layout.position_bytes_;
+  }
+
+ private:
+  static constexpr std::size_t kPositionBytes = 2 * kColumnWords * 4;  // of one matrix
+  static constexpr std::size_t kMaxPositions = std::size_t{1} << 30;   // its columns have 32 bits
+  std::size_t position_bytes_;
 
   explicit SavedLayout(const FfnProblem& problem)
       : half_words(ceil_div<std::int64_t>(problem.neurons, kBlockNeurons) * kMaskWords),
-        bytes(2 * ceil_div<std::int64_t>(problem.tokens, kTileTokens) * half_words * 4) {}
+        position_bytes_((problem.kind == FfnKind::kGated ? 2 : 1) * kPositionBytes) {
+    const std::int64_t tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
+    Parts carve;
+    masks = carve.take(2 * tiles * half_words * 4);
+    taken = carve.take(4);
+    places = carve.take(tiles * 4);
+    g = u = carve.bytes();
+  }
+
+  static std::int64_t whole_steps(std::size_t positions) {
+    return static_cast<std::int64_t>(std::min(positions, kMaxPositions) / kUnionStep * kUnionStep);
+  }
 };
 
 // The weights' gradients: by lists of tokens that grow over the whole pass (token_lists.h), or by
@@ -120,7 +157,7 @@ struct BackwardLayout {
   std::int64_t rows = 0;      // of a list of tokens
   std::int64_t entries = 0;   // of all lists
 
-  std::size_t masks, nonfinite, unions, counts, order, schedule;
+  std::size_t masks, nonfinite, places, unions, counts, order, schedule;
   std::size_t coefficients[3];  // dg, du, h
   std::size_t lists, token_counts, list_rows;
   std::size_t tokens, projection_rows, hidden_rows;               // NeuronRows
@@ -134,7 +171,7 @@ struct BackwardLayout {
     const std::int64_t inputs = problem.kind == FfnKind::kGated ? 2 : 1;  // projections of x
     const std::int64_t all_tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
     const std::int64_t most =
-        std::min<std::int64_t>(plan.chunk_tokens / kTileTokens, kMaxBackwardTiles);
+        std::min<std::int64_t>(2 * plan.chunk_tokens / kTileTokens, kMaxBackwardTiles);
     chunks = ceil_div(all_tiles, most);
     tiles = chunks > 0 ? ceil_div(all_tiles, chunks) : 0;
     capacity = ceil_div<std::int64_t>(problem.neurons, kUnionStep) * kUnionStep;
@@ -144,8 +181,9 @@ struct BackwardLayout {
 
     constexpr std::int64_t kColumnBytes = kColumnWords * 4;
     Parts carve;
-    masks = carve.take(2 * tiles * SavedLayout(problem).half_words * 4);
+    masks = carve.take(2 * tiles * SavedLayout(plan).half_words * 4);
     nonfinite = carve.take(2 * tiles * 8);
+    places = carve.take(2 * tiles * 4);
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
     order = carve.take(tiles * 4);
@@ -162,7 +200,7 @@ struct BackwardLayout {
       rows = all_tiles * kTileTokens;
       entries = std::min(ceil_div(problem.tokens * problem.neurons, kEntryShare), kMaxEntries);
       total_bytes = 2;
-      word_first = carve.take(tiles * SavedLayout(problem).half_words * 4);
+      word_first = carve.take(tiles * SavedLayout(plan).half_words * 4);
       list_state = carve.take(32);
       activity = carve.take(problem.neurons * 4);
       list_neurons = carve.take(blocks * kRowNeurons * 4);

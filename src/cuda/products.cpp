@@ -1,15 +1,37 @@
 #include "cuda/sm80/products.h"
 
+#include "cuda/backward.h"
 #include "cuda/forward.h"
 #include "cuda/sm90/products.h"
 
 namespace twell::cuda {
+namespace {
+
+// Hopper's own instructions exist on no other GPU, older or newer.
+bool is_hopper(const Device& device) { return device.compute_capability / 10 == 9; }
+
+// Of the tiles whose columns the forward has kept; then of all others.
+Status launch_hopper_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+                                  int multiprocessors, cudaStream_t stream) {
+  Status status = sm90::launch_coefficients(chunk, weights, multiprocessors, stream);
+  if (!status.ok()) return status;
+  return sm80::launch_coefficients_anew(chunk, weights, multiprocessors, stream);
+}
+
+}  // namespace
 
 const Products& products_for(const Device& device) {
   static constexpr Products kAmpere = {sm80::launch_gate, sm80::launch_up, sm80::launch_down};
   static constexpr Products kHopper = {sm90::launch_gate, sm90::launch_up, sm90::launch_down};
-  // Hopper's own instructions exist on no other GPU, older or newer.
-  return device.compute_capability / 10 == 9 ? kHopper : kAmpere;
+  return is_hopper(device) ? kHopper : kAmpere;
+}
+
+const BackwardProducts& backward_products_for(const Device& device) {
+  static constexpr BackwardProducts kAmpere = {sm80::launch_coefficients,
+                                               sm80::launch_input_gradient};
+  static constexpr BackwardProducts kHopper = {launch_hopper_coefficients,
+                                               sm90::launch_input_gradient};
+  return is_hopper(device) ? kHopper : kAmpere;
 }
 
 }  // namespace twell::cuda

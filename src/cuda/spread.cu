@@ -1,4 +1,4 @@
-// The plain block's h: the columns, moved to their positions in the unions.
+// The plain block's h, which is g: the columns, moved to their positions in the unions.
 
 #include "cuda/check.h"
 #include "cuda/forward.h"
@@ -11,7 +11,9 @@ constexpr int kLanes = kColumnWords / 4;  // threads of one column, 16 bytes eac
 
 __global__ void __launch_bounds__(kThreads) spread_kernel(const ForwardChunk chunk) {
   const int tile = blockIdx.x;
-  const int padded = ceil_div(chunk.counts[tile], kUnionStep) * kUnionStep;
+  const int count = chunk.counts[tile];
+  const int padded = ceil_div(count, kUnionStep) * kUnionStep;
+  const int place = chunk.place(tile);
   const int lane = threadIdx.x % kLanes;
   const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(tile) * chunk.capacity;
   for (int half = 0; half < 2; ++half) {
@@ -21,10 +23,14 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(const ForwardChunk chu
         half_tile * static_cast<std::size_t>(chunk.blocks) * kBlockNeurons * kLanes + lane;
     auto* h = reinterpret_cast<uint4*>(chunk.h) +
               half_tile * static_cast<std::size_t>(chunk.capacity) * kLanes + lane;
+    auto* g = reinterpret_cast<uint4*>(chunk.saved.g) +
+              SavedColumns::column(place, half, count) * kLanes + lane;
     for (int i = threadIdx.x / kLanes; i < padded; i += kThreads / kLanes) {
       const UnionEntry entry = entries[i];
-      h[i * kLanes] =
+      const uint4 words =
           entry.in_half(half) ? columns[entry.source(half) * kLanes] : make_uint4(0, 0, 0, 0);
+      h[i * kLanes] = words;
+      if (place >= 0) g[i * kLanes] = words;
     }
   }
 }

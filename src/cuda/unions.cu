@@ -1,5 +1,6 @@
-// From the column masks of a chunk to the union of each token tile, and the order of the work
-// over them. One CTA per tile; the last to finish makes the schedule.
+// From the column masks of a chunk to the union of each token tile, the order of the work over them
+// and where their columns of g and u are kept. One CTA per tile; the last to finish makes the
+// schedule and the places.
 
 #include "cuda/check.h"
 #include "cuda/forward.h"
@@ -126,6 +127,25 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
   }
 }
 
+// One tile after the other, from where the chunk before ended, so that it is deterministic.
+__device__ __forceinline__ void write_places(const ForwardChunk& chunk) {
+  __shared__ int scratch[2][kWarps];
+  const SavedColumns& saved = chunk.saved;
+  int taken = saved.first ? 0 : *saved.taken;
+  int turn = 0;
+  for (int first = 0; first < chunk.tiles; first += kThreads, turn ^= 1) {
+    const int tile = first + static_cast<int>(threadIdx.x);
+    const int count = tile < chunk.tiles ? __ldcg(&chunk.counts[tile]) : 0;
+    const int padded = ceil_div(count, kUnionStep) * kUnionStep;
+    int total;
+    const int before = taken + exclusive_sum(padded, scratch[turn], total);
+    const int place = min(before, saved.positions);
+    if (tile < chunk.tiles) saved.places[tile] = place + padded <= saved.positions ? place : -1;
+    taken = min(taken + total, saved.positions);
+  }
+  if (threadIdx.x == 0) *saved.taken = taken;
+}
+
 __global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chunk) {
   __shared__ bool last;
   write_union(chunk, blockIdx.x);
@@ -136,7 +156,9 @@ __global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chu
     __threadfence();
   }
   __syncthreads();
-  if (last) write_schedule(chunk);
+  if (!last) return;
+  write_schedule(chunk);
+  if (chunk.saved.places) write_places(chunk);
 }
 
 }  // namespace

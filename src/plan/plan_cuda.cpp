@@ -14,6 +14,9 @@ namespace {
 // little, small enough that the address space stays bounded.
 constexpr std::int64_t kMaxChunkTiles = 256;
 
+// The same when training, where memory counts: the workspace is alive beside all that is kept.
+constexpr std::int64_t kMaxTrainingTiles = 48;
+
 // Shares assumed without an estimate, those of layer 5 of the traces: of the neurons in a tile's
 // union, and of the (token, block of 64 neurons) pairs in which some neuron is active.
 constexpr double kUnknownUnion = 0.2;
@@ -109,6 +112,26 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
   return out;
 }
 
+// Tiles of a training forward's chunk: the most, from half the maximum on, with which the gate
+// needs the fewest waves in all. Its pieces are pairs of tiles by blocks of neurons, one at a time
+// on each pair of multiprocessors.
+std::int64_t training_tiles(std::int64_t tiles, std::int64_t neurons, const Device& device) {
+  const std::int64_t blocks = cuda::ceil_div<std::int64_t>(neurons, cuda::kBlockNeurons);
+  const std::int64_t pairs_at_once = std::max(1, device.multiprocessors / 2);
+  const auto waves = [&](std::int64_t chunk) {
+    return cuda::ceil_div(cuda::ceil_div<std::int64_t>(chunk, 2) * blocks, pairs_at_once);
+  };
+  const auto all_waves = [&](std::int64_t chunk) {
+    return tiles / chunk * waves(chunk) + waves(tiles % chunk);
+  };
+  if (tiles <= kMaxTrainingTiles) return std::max<std::int64_t>(1, tiles);
+  std::int64_t best = kMaxTrainingTiles;
+  for (std::int64_t chunk = best - 1; chunk >= kMaxTrainingTiles / 2; --chunk) {
+    if (all_waves(chunk) < all_waves(best)) best = chunk;
+  }
+  return best;
+}
+
 // Ok if the sparse path runs this; otherwise names what it does not.
 Status check_offered(const FfnProblem& problem, const Device& device) {
   const auto refuse = [](const std::string& what, const std::string& permitted) {
@@ -145,13 +168,18 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   }
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t chunks = std::max<std::int64_t>(1, cuda::ceil_div(tiles, kMaxChunkTiles));
+  const std::int64_t chunk_tiles = options.training
+                                       ? training_tiles(tiles, problem.neurons, device)
+                                       : std::max<std::int64_t>(1, cuda::ceil_div(tiles, chunks));
   plan.tile_tokens = cuda::kTileTokens;
-  plan.chunk_tokens = std::max<std::int64_t>(1, cuda::ceil_div(tiles, chunks)) * cuda::kTileTokens;
+  plan.chunk_tokens = chunk_tiles * cuda::kTileTokens;
   plan.block_neurons = cuda::kBlockNeurons;
   plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product
   plan.workspace_bytes = cuda::ForwardLayout(plan).bytes;
   if (options.training) {
-    plan.saved_bytes = cuda::SavedLayout(problem).bytes;
+    // Only Hopper's kernels keep columns.
+    const bool keeps_columns = device.compute_capability / 10 == 9;
+    plan.saved_bytes = cuda::SavedLayout::bytes(problem, keeps_columns ? cuda::kSavedShare : 0);
     plan.backward_workspace_bytes = cuda::BackwardLayout(plan).bytes;
   }
   return plan;

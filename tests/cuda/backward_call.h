@@ -124,14 +124,19 @@ Gradients dense_gradients(const TrainingBlock& block, const Round& round) {
   return out;
 }
 
-inline FfnPlan training_plan(const FfnProblem& problem, const Device& device,
-                             int chunk_tokens = 0) {
+// Room for the columns that the forward keeps (cuda::kSavedShare): as the planner has it, and
+// enough for all neurons of every tile, padded too.
+constexpr double kAsPlanned = -1, kKeepAll = 9;
+
+inline FfnPlan training_plan(const FfnProblem& problem, const Device& device, int chunk_tokens = 0,
+                             double saved_share = kAsPlanned) {
   PlanOptions options;
   options.path = FfnPath::kSparse;
   options.training = true;
   const Result<FfnPlan> made = plan_ffn(problem, device, options);
   EXPECT_TRUE(made.ok()) << made.status().message();
   FfnPlan plan = made.value();
+  if (saved_share >= 0) plan.saved_bytes = cuda::SavedLayout::bytes(problem, saved_share);
   if (chunk_tokens > 0) {
     plan.chunk_tokens = chunk_tokens;
     plan.workspace_bytes = cuda::ForwardLayout(plan).bytes;
@@ -195,12 +200,13 @@ struct TrainingCall {
 class CudaBackward : public GpuTest {
  protected:
   // The gradients against float64, and against the error of PyTorch's.
-  void check(const TrainingBlock& block, const std::string& name, int chunk_tokens = 0) {
+  void check(const TrainingBlock& block, const std::string& name, int chunk_tokens = 0,
+             double saved_share = kAsPlanned) {
     const Gradients exact = dense_gradients(block, no_rounding);
     const Gradients pytorch = dense_gradients(block, to_nearest_bf16);
     for (const Device& device : devices) {
       SCOPED_TRACE(name + " as sm_" + std::to_string(device.compute_capability));
-      TrainingCall call(training_plan(block.problem, device, chunk_tokens), block);
+      TrainingCall call(training_plan(block.problem, device, chunk_tokens, saved_share), block);
       const Status status = call.run();
       ASSERT_TRUE(status.ok()) << status.message();
       require_cuda(cudaDeviceSynchronize());
@@ -215,14 +221,15 @@ class CudaBackward : public GpuTest {
 
   // Where all sums are exact and only the gradients themselves are rounded, they are the nearest
   // bf16, in chunks or not.
-  void check_exact(const FfnProblem& problem, int chunk_tokens = 0) {
+  void check_exact(const FfnProblem& problem, int chunk_tokens = 0,
+                   double saved_share = kAsPlanned) {
     TrainingBlock block(problem.kind, problem.tokens, problem.hidden, problem.neurons, 0.5);
     block.make_small();
     const Gradients exact = dense_gradients(block, no_rounding);
     for (const Device& device : devices) {
       SCOPED_TRACE(name_of(problem, 0.5) + " as sm_" + std::to_string(device.compute_capability) +
                    " in chunks of " + std::to_string(chunk_tokens));
-      TrainingCall call(training_plan(problem, device, chunk_tokens), block);
+      TrainingCall call(training_plan(problem, device, chunk_tokens, saved_share), block);
       ASSERT_TRUE(call.run().ok());
       expect_nearest("x", call.grad_x, exact.x);
       expect_nearest("gate", call.grad_gate, exact.gate);

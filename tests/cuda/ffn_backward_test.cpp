@@ -16,6 +16,8 @@ namespace {
 constexpr FfnKind kKinds[] = {FfnKind::kGated, FfnKind::kPlain};
 
 TEST_F(CudaBackward, MatchesFloat64AtEveryShapeAndDensity) {
+  constexpr double kShares[] = {kKeepAll, 0.5, 0};
+  int cases = 0;
   struct Size {
     std::int64_t tokens, hidden, neurons;
   };
@@ -29,7 +31,8 @@ TEST_F(CudaBackward, MatchesFloat64AtEveryShapeAndDensity) {
                             {300, 40, 136}}) {
       for (const double density : {0.0, 0.05, 0.5, 1.0}) {
         const TrainingBlock block(kind, size.tokens, size.hidden, size.neurons, density);
-        check(block, name_of(block.problem, density));
+        const double share = kShares[cases++ % 3];
+        check(block, name_of(block.problem, density) + " share " + std::to_string(share), 0, share);
       }
     }
   }
@@ -39,7 +42,9 @@ TEST_F(CudaBackward, IsExactWhereSumsAre) {
   for (const FfnKind kind : kKinds) {
     for (const std::int64_t neurons : {8, 72, 264}) {
       for (const int chunk_tokens : {0, 128, 256}) {
-        check_exact({kind, DType::kBf16, 300, 8, neurons}, chunk_tokens);
+        for (const double share : {0.0, kKeepAll}) {
+          check_exact({kind, DType::kBf16, 300, 8, neurons}, chunk_tokens, share);
+        }
       }
     }
     check_exact({kind, DType::kBf16, 8200, 8, 8});  // more than a chunk
@@ -47,8 +52,8 @@ TEST_F(CudaBackward, IsExactWhereSumsAre) {
 }
 
 TEST_F(CudaBackward, MatchesFloat64InChunksAndGroupsOfNeurons) {
-  check(TrainingBlock(FfnKind::kGated, 400, 40, 264, 0.05), "chunks of 128", 128);
-  check(TrainingBlock(FfnKind::kPlain, 400, 40, 264, 0.3), "chunks of 256", 256);
+  check(TrainingBlock(FfnKind::kGated, 400, 40, 264, 0.05), "chunks of 128", 128, kKeepAll);
+  check(TrainingBlock(FfnKind::kPlain, 400, 40, 264, 0.3), "chunks of 256", 256, kKeepAll);
   check(TrainingBlock(FfnKind::kGated, 65, 24, 2120, 0.02), "two groups");
 }
 
@@ -82,7 +87,11 @@ TEST_F(CudaBackward, SavesLittleAndLeavesItAsItWas) {
   const TrainingBlock block(FfnKind::kGated, 200, 72, 264, 0.1);
   for (const Device& device : devices) {
     TrainingCall call(training_plan(block.problem, device), block);
-    EXPECT_EQ(call.forward.plan.saved_bytes, 4u * 512 / 8);  // half tiles, neurons in blocks of 256
+    // A bit for each half tile and neuron, in blocks of 256; and g and u of a quarter of the
+    // neurons.
+    const std::size_t masks = 4 * 512 / 8, counts = 2 * 256, columns = 2 * 128 * 128 * 2;
+    EXPECT_EQ(call.forward.plan.saved_bytes,
+              device.compute_capability == 90 ? masks + counts + columns : masks);
     ASSERT_TRUE(call.run().ok());
     const std::vector<std::uint32_t> saved = call.saved.download<std::uint32_t>();
     ASSERT_TRUE(ffn_backward(call.forward.plan, call.arguments()).ok());
@@ -91,6 +100,33 @@ TEST_F(CudaBackward, SavesLittleAndLeavesItAsItWas) {
     Call without(sparse_plan(block.problem, device), block);  // what is saved leaves y alone
     ASSERT_TRUE(without.run().ok());
     EXPECT_EQ(without.y.download<std::uint16_t>(), call.forward.y.download<std::uint16_t>());
+  }
+}
+
+// Sums being exact, it makes no difference for which tiles g and u are made anew: with room for
+// none, some and all.
+TEST_F(CudaBackward, GivesTheSameBitsWhateverIsKept) {
+  for (const FfnKind kind : kKinds) {
+    for (const double density : {0.02, 0.4}) {
+      const TrainingBlock block(kind, 400, 40, 264, density);
+      for (const Device& device : devices) {
+        std::vector<std::vector<std::uint16_t>> want;
+        for (const double share : {0.0, 0.3, 0.6, 1.0, kKeepAll}) {
+          for (const int chunk_tokens : {256, 384}) {
+            SCOPED_TRACE(name_of(block.problem, density) + " share " + std::to_string(share) +
+                         " in chunks of " + std::to_string(chunk_tokens) + " as sm_" +
+                         std::to_string(device.compute_capability));
+            TrainingCall call(training_plan(block.problem, device, chunk_tokens, share), block);
+            ASSERT_TRUE(call.run().ok());
+            call.expect_guards_intact();
+            auto got = call.gradients();
+            got.resize(chunk_tokens == 256 ? 4 : 1);  // those of weights are summed in chunks
+            if (want.empty()) want = got;
+            for (std::size_t i = 0; i < got.size(); ++i) EXPECT_EQ(got[i], want[i]) << i;
+          }
+        }
+      }
+    }
   }
 }
 
@@ -142,7 +178,7 @@ TEST_F(CudaBackward, L1HasNoGradientAtZero) {
   block.grad_l1 = 3;
   for (bf16& v : block.grad_y) v = to_bf16(0);
   for (int k = 0; k < 24; ++k) block.up[5 * 24 + k] = to_bf16(0);
-  check(block, "L1 only");
+  check(block, "L1 only", 0, kKeepAll);
   for (const Device& device : devices) {
     TrainingCall call(training_plan(block.problem, device), block);
     ASSERT_TRUE(call.run().ok());
@@ -197,7 +233,7 @@ TEST_F(CudaBackward, SpreadsNanAndInfinityAsDense) {
           for (const Device& device : devices) {
             SCOPED_TRACE(name_of(block.problem, density) + ", value " + std::to_string(bad) +
                          " as sm_" + std::to_string(device.compute_capability));
-            TrainingCall call(training_plan(block.problem, device), block);
+            TrainingCall call(training_plan(block.problem, device, 0, kKeepAll), block);
             ASSERT_TRUE(call.run().ok());
             expect_same_classes(call, want);
           }
@@ -215,7 +251,7 @@ TEST_F(CudaBackward, SpreadsInfinityOfASilentToken) {
   const Gradients want = dense_gradients(block, no_rounding);
   EXPECT_TRUE(std::isnan(want.up[3]));
   for (const Device& device : devices) {
-    TrainingCall call(training_plan(block.problem, device), block);
+    TrainingCall call(training_plan(block.problem, device, 0, kKeepAll), block);
     ASSERT_TRUE(call.run().ok());
     expect_same_classes(call, want);
   }
@@ -228,9 +264,11 @@ TEST_F(CudaBackward, SpreadsNanOfADecidingWeight) {
     block.set_bias(40, std::numeric_limits<float>::quiet_NaN());
     const Gradients want = dense_gradients(block, no_rounding);
     for (const Device& device : devices) {
-      TrainingCall call(training_plan(block.problem, device), block);
-      ASSERT_TRUE(call.run().ok());
-      expect_same_classes(call, want);
+      for (const double share : {0.0, kKeepAll}) {
+        TrainingCall call(training_plan(block.problem, device, 0, share), block);
+        ASSERT_TRUE(call.run().ok());
+        expect_same_classes(call, want);
+      }
     }
   }
 }
@@ -243,7 +281,7 @@ TEST_F(CudaBackward, LeavesTheWeightsOfASilentNeuronUnread) {
     bad.down[7 * 24 + 3] = to_bf16(std::numeric_limits<float>::infinity());
     if (good.gated()) bad.up[7 * 24 + 3] = to_bf16(std::numeric_limits<float>::quiet_NaN());
     for (const Device& device : devices) {
-      const FfnPlan plan = training_plan(good.problem, device);
+      const FfnPlan plan = training_plan(good.problem, device, 0, kKeepAll);
       TrainingCall clean(plan, good), got(plan, bad);
       ASSERT_TRUE(clean.run().ok());
       ASSERT_TRUE(got.run().ok());
@@ -255,7 +293,7 @@ TEST_F(CudaBackward, LeavesTheWeightsOfASilentNeuronUnread) {
 TEST_F(CudaBackward, IsBitwiseReproducible) {
   const TrainingBlock block(FfnKind::kGated, 300, 40, 136, 0.1);
   for (const Device& device : devices) {
-    TrainingCall call(training_plan(block.problem, device, 256), block);
+    TrainingCall call(training_plan(block.problem, device, 256, 0.5), block);
     ASSERT_TRUE(call.run().ok());
     const auto want = call.gradients();
     for (int run = 0; run < 3; ++run) {

@@ -86,6 +86,10 @@ struct Columns {
 
 class CudaLists : public GpuTest, public ::testing::WithParamInterface<std::tuple<int, double>> {
  protected:
+  int padded_count(int tile) const {
+    return ceil_div(static_cast<int>(host.union_of(tile).size()), kUnionStep) * kUnionStep;
+  }
+
   const Columns host{300, std::get<0>(GetParam()), std::get<1>(GetParam())};
 };
 
@@ -192,6 +196,67 @@ TEST_P(CudaLists, MatchTheColumns) {
   EXPECT_EQ(activity.download<std::int32_t>(), want_activity);
   EXPECT_EQ(l0.download<std::int64_t>()[0], pairs);
   EXPECT_NEAR(l1.download<float>()[0], sum, 1e-5 * sum);
+}
+
+// Two chunks, the second of the same tiles as the first, with room for all or for some.
+TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
+  int padded = 0;  // of all tiles
+  for (int tile = 0; tile < host.tiles; ++tile) padded += padded_count(tile);
+  for (const int positions : {2 * padded, padded + padded_count(0), padded / 2, 0}) {
+    SCOPED_TRACE(std::to_string(positions) + " positions");
+    const DeviceBuffer masks(host.masks), columns(host.columns);
+    const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
+    const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
+    const DeviceBuffer h(2 * host.tiles * host.capacity * kHalfTokens * sizeof(bf16));
+    const DeviceBuffer kept(2 * positions * kHalfTokens * sizeof(bf16));
+    const DeviceBuffer places(2 * host.tiles * 4), taken(4);
+    ForwardChunk chunk = {};
+    chunk.tokens = host.tokens;
+    chunk.tiles = host.tiles;
+    chunk.neurons = host.neurons;
+    chunk.blocks = host.blocks;
+    chunk.capacity = host.capacity;
+    chunk.masks = masks.as<std::uint32_t>();
+    chunk.columns = columns.as<std::uint32_t>();
+    chunk.unions = unions.as<UnionEntry>();
+    chunk.counts = counts.as<std::int32_t>();
+    chunk.order = order.as<std::int32_t>();
+    chunk.h = h.as<std::uint32_t>();
+    chunk.saved.g = kept.as<std::uint32_t>();
+    chunk.saved.taken = taken.as<std::int32_t>();
+    chunk.saved.positions = positions;
+    for (const int pass : {0, 1}) {
+      const DeviceBuffer schedule(
+          std::vector<std::int32_t>(2 + host.tiles * ceil_div(host.capacity, kUnionItem), 0));
+      chunk.schedule = schedule.as<Schedule>();
+      chunk.saved.places = places.as<std::int32_t>() + pass * host.tiles;
+      chunk.saved.first = pass == 0;
+      ASSERT_TRUE(launch_unions(chunk, nullptr).ok());
+      ASSERT_TRUE(launch_spread(chunk, nullptr).ok());
+      require_cuda(cudaDeviceSynchronize());
+    }
+    for (const DeviceBuffer* buffer : {&places, &taken, &kept}) {
+      EXPECT_TRUE(buffer->guard_intact());
+    }
+    const auto got_places = places.download<std::int32_t>();
+    const auto got_kept = kept.download<bf16>();
+    const auto got_h = h.download<bf16>();
+    int next = 0;
+    for (int i = 0; i < 2 * host.tiles; ++i) {
+      const int tile = i % host.tiles;
+      const int count = padded_count(tile);
+      ASSERT_EQ(got_places[i], next + count <= positions ? next : -1) << i;
+      for (int half = 0; got_places[i] >= 0 && half < 2; ++half) {
+        const std::size_t column = 2 * next + half * count;
+        const std::size_t source = (2 * tile + half) * host.capacity;
+        for (int e = 0; e < count * kHalfTokens; ++e) {
+          ASSERT_EQ(got_kept[column * kHalfTokens + e].bits, got_h[source * kHalfTokens + e].bits)
+              << "tile " << i << " half " << half << " element " << e;
+        }
+      }
+      next = std::min(next + count, positions);
+    }
+  }
 }
 
 TEST_P(CudaLists, WordsMatchTheEncoder) {

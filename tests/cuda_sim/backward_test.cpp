@@ -18,7 +18,7 @@ TEST_F(SimulatedBackward, GivesTheSameBitsWithEveryChoice) {
     const TrainingBlock block(FfnKind::kGated, tokens, 72, 264, 0.05);
     std::vector<std::vector<std::uint16_t>> want;
     with_every_choice([&] {
-      TrainingCall call(training_plan(block.problem, devices[0], 128), block);
+      TrainingCall call(training_plan(block.problem, devices[0], 128, 0.5), block);
       const Status status = call.run();
       ASSERT_TRUE(status.ok()) << status.message();
       if (want.empty()) want = call.gradients();

@@ -19,4 +19,12 @@ Status launch_up(const ForwardChunk&, const Tokens&, const void*, int, cudaStrea
 
 Status launch_down(const ForwardChunk&, const void*, void*, int, cudaStream_t) { return refuse(); }
 
+Status launch_coefficients(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) {
+  return refuse();
+}
+
+Status launch_input_gradient(const BackwardChunk&, const FfnWeights&, void*, int, cudaStream_t) {
+  return refuse();
+}
+
 }  // namespace twell::cuda::sm90

@@ -1,9 +1,9 @@
-// What the gradients are made of, over the unions of a chunk: g, u (of x) and dh (of dy), for 128
-// tokens and 64 union neurons at a time, and from them dg, du and h. g and u are made anew rather
-// than kept since the forward: over a union that costs little, and saves their memory. Both are
-// rounded to bf16, u as on the CPU and in PyTorch.
+// What the gradients are made of, over the unions of a chunk: g and u (of x; made anew where the
+// forward could not keep them) and dh (of dy), for 128 tokens and 64 union neurons at a time, and
+// from them dg, du and h. g and u are rounded to bf16, u as on the CPU and in PyTorch.
 
 #include "cuda/check.h"
+#include "cuda/coefficients.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/sm80/product.cuh"
 #include "cuda/sm80/products.h"
@@ -38,18 +38,19 @@ __device__ __forceinline__ void to_words(Words& words, const Sums<kUnionStep>& s
   }
 }
 
-__device__ __forceinline__ float sign(float value) { return (value > 0) - (value < 0); }
-
-// Of one token and neuron. Where g is 0, so is dg, even if dh or u is no number.
-struct Coefficients {
-  float dg, du;
-
-  __device__ __forceinline__ Coefficients(float g, float u, float h, float sum, float grad_l1) {
-    const float dh = sum + grad_l1 * sign(h);
-    dg = g <= 0 ? 0 : dh * u;
-    du = dh * g;
+// From columns, of which a thread's first word is at `first`.
+__device__ __forceinline__ void load_words(Words& words, const std::uint32_t* first) {
+#pragma unroll
+  for (int i = 0; i < kSubtiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int parity = 0; parity < 2; ++parity) {
+        words[i][j][parity] = first[(8 * j + parity) * kColumnWords + 8 * i];
+      }
+    }
   }
-};
+}
 
 // Positions [first, first + 64) of a tile's union, of which some may be padding.
 template <bool kGated>
@@ -71,21 +72,29 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
         });
     multiply<kUnionStep, Major::kInner>(sums, ceil_div(forward.hidden, kStep), tokens, neurons);
   };
-  Words g, u;
-  product(chunk.x, weights.gate);
-  to_words(g, sums, ptx::pack_relu);
-  if constexpr (kGated) {
-    product(chunk.x, weights.up);
-    to_words(u, sums, ptx::pack);
-  }
-  product(chunk.dy, weights.down);
-
   const int warp = threadIdx.x / 32;
   const int half = warp / kWarpsPerHalf;
   const int mine = warp % kWarpsPerHalf * (kGroups * 8) + threadIdx.x % 4 * 2;
+  const int row = threadIdx.x % 32 / 4;
+
+  Words g, u;
+  if (const int place = chunk.place(tile); place >= 0) {
+    const std::int64_t column =
+        SavedColumns::column(place, half, forward.counts[tile]) + first + mine;
+    load_words(g, chunk.saved_g + column * kColumnWords + row);
+    if constexpr (kGated) load_words(u, chunk.saved_u + column * kColumnWords + row);
+  } else {
+    product(chunk.x, weights.gate);
+    to_words(g, sums, ptx::pack_relu);
+    if constexpr (kGated) {
+      product(chunk.x, weights.up);
+      to_words(u, sums, ptx::pack);
+    }
+  }
+  product(chunk.dy, weights.down);
+
   const std::size_t place =
-      (static_cast<std::size_t>(2 * tile + half) * forward.capacity + first) * kColumnWords +
-      threadIdx.x % 32 / 4;
+      (static_cast<std::size_t>(2 * tile + half) * forward.capacity + first) * kColumnWords + row;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
@@ -95,18 +104,14 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
 #pragma unroll
       for (int i = 0; i < kSubtiles; ++i) {
         // As in the forward, a neuron that the half does not use has g = 0 for its tokens.
-        const std::uint32_t gate = entry.in_half(half) ? g[i][j][parity] : 0;
-        const float g_low = ptx::low_half(gate), g_high = ptx::high_half(gate);
-        const float u_low = kGated ? ptx::low_half(u[i][j][parity]) : 1;
-        const float u_high = kGated ? ptx::high_half(u[i][j][parity]) : 1;
-        const std::uint32_t h = kGated ? ptx::pack(g_low * u_low, g_high * u_high) : gate;
-        const Coefficients low(g_low, u_low, ptx::low_half(h), sums[i][j][parity], grad_l1);
-        const Coefficients high(g_high, u_high, ptx::high_half(h), sums[i][j][2 + parity], grad_l1);
+        const auto own = Coefficients::make<kGated>(
+            entry.in_half(half) ? g[i][j][parity] : 0, kGated ? u[i][j][parity] : 0,
+            sums[i][j][parity], sums[i][j][2 + parity], grad_l1);
         const std::size_t at = place + position * kColumnWords + 8 * i;
         const bool in_use = entry.in_use();  // padding is no 0 · inf
-        chunk.dg[at] = in_use ? ptx::pack(low.dg, high.dg) : 0;
-        if constexpr (kGated) chunk.du[at] = in_use ? ptx::pack(low.du, high.du) : 0;
-        chunk.h[at] = in_use ? h : 0;
+        chunk.dg[at] = in_use ? own.dg : 0;
+        if constexpr (kGated) chunk.du[at] = in_use ? own.du : 0;
+        chunk.h[at] = in_use ? own.h : 0;
       }
     }
   }
@@ -114,12 +119,13 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
 
 template <bool kGated>
 __global__ void __launch_bounds__(kThreads, kResident)
-    coefficients_kernel(const BackwardChunk chunk, const Weights weights) {
+    coefficients_kernel(const BackwardChunk chunk, const Weights weights, bool skips_kept) {
   const Schedule& schedule = *chunk.forward.schedule;
   const float grad_l1 = chunk.grad_l1 ? *chunk.grad_l1 : 0;
 #pragma unroll 1
   for (int i = blockIdx.x; i < schedule.item_count; i += gridDim.x) {
     const UnionItem item = schedule.items[i];
+    if (skips_kept && chunk.place(item.tile) >= 0) continue;
     const int first = item.first * kUnionItem;
 #pragma unroll 1
     for (int step = 0; step <= item.steps; ++step) {
@@ -128,16 +134,28 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-}  // namespace
-
-Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
-                           int multiprocessors, cudaStream_t stream) {
+// skips_kept: without the tiles whose g and u the forward has kept.
+Status launch_for(const BackwardChunk& chunk, const FfnWeights& weights, bool skips_kept,
+                  int multiprocessors, cudaStream_t stream) {
   const bool gated = weights.gate != nullptr;
   const auto* up = static_cast<const __nv_bfloat16*>(weights.up);
   const Weights own = {gated ? static_cast<const __nv_bfloat16*>(weights.gate) : up, up,
                        static_cast<const __nv_bfloat16*>(weights.down)};
   return launch(gated ? coefficients_kernel<true> : coefficients_kernel<false>,
-                kResident * multiprocessors, kThreads, kSharedBytes, stream, chunk, own);
+                kResident * multiprocessors, kThreads, kSharedBytes, stream, chunk, own,
+                skips_kept);
+}
+
+}  // namespace
+
+Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+                           int multiprocessors, cudaStream_t stream) {
+  return launch_for(chunk, weights, false, multiprocessors, stream);
+}
+
+Status launch_coefficients_anew(const BackwardChunk& chunk, const FfnWeights& weights,
+                                int multiprocessors, cudaStream_t stream) {
+  return launch_for(chunk, weights, true, multiprocessors, stream);
 }
 
 }  // namespace twell::cuda::sm80

@@ -146,7 +146,7 @@ Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int, cu
   return launch_pairs(chunk, operands, y, stream);
 }
 
-Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx, int,
                              cudaStream_t stream) {
   const auto* gate = static_cast<const __nv_bfloat16*>(weights.gate);
   const auto* up = static_cast<const __nv_bfloat16*>(weights.up);

@@ -13,18 +13,20 @@ Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int
 Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
                    cudaStream_t stream);
 
-// The backward's; all other families use them too.
-
-// dg, du, h ← x, dy and the weights over the unions.
+// The backward's, as in backward.h.
 Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
                            int multiprocessors, cudaStream_t stream);
 
-// dx [chunk tokens, hidden] ← dg G + du U (plain: dg U).
-Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
-                             cudaStream_t stream);
+// The same without the tiles whose columns the forward has kept.
+Status launch_coefficients_anew(const BackwardChunk& chunk, const FfnWeights& weights,
+                                int multiprocessors, cudaStream_t stream);
 
-// The rows of the gradients that belong to a group of neurons: of the projections of x, dgᵀ x and
-// duᵀ x (plain: dgᵀ x only, into gradients[0]), and of the down projection, hᵀ dy.
+Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                             int multiprocessors, cudaStream_t stream);
+
+// Those that all other families use too: the rows of the gradients that belong to a group of
+// neurons: of the projections of x, dgᵀ x and duᵀ x (plain: dgᵀ x only, into gradients[0]), and of
+// the down projection, hᵀ dy.
 Status launch_projection_gradients(const BackwardChunk& chunk, const NeuronRows& rows,
                                    const WeightGradient (&gradients)[2], cudaStream_t stream);
 Status launch_down_gradient(const BackwardChunk& chunk, const NeuronRows& rows,

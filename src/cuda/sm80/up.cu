@@ -1,5 +1,6 @@
-// The up projection over the unions of a chunk: h = columns ⊙ (x Uᵀ), for 128 tokens and 128 or 64
-// union neurons at a time, whose rows of U are gathered.
+// The up projection over the unions of a chunk: h = columns ⊙ (x Uᵀ), and what is kept of both
+// factors for the backward, for 128 tokens and 128 or 64 union neurons at a time, whose rows of U
+// are gathered.
 
 #include "cuda/check.h"
 #include "cuda/ptx/convert.cuh"
@@ -33,6 +34,9 @@ __device__ __forceinline__ void make_h(const ForwardChunk& chunk, const __nv_bfl
   const std::uint32_t* columns =
       chunk.columns + half_tile * chunk.blocks * kBlockNeurons * kColumnWords + row;
   std::uint32_t* h = chunk.h + (half_tile * chunk.capacity + first) * kColumnWords + row;
+  const int place = chunk.place(tile);
+  const std::int64_t saved =
+      (SavedColumns::column(place, half, chunk.counts[tile]) + first) * kColumnWords + row;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
@@ -40,13 +44,17 @@ __device__ __forceinline__ void make_h(const ForwardChunk& chunk, const __nv_bfl
       const int position = mine + 8 * j + parity;
       const UnionEntry entry = entries[position];
       const std::uint32_t* g = columns + entry.source(half) * kColumnWords;
-      std::uint32_t* out = h + position * kColumnWords;
+      const int at = position * kColumnWords;
 #pragma unroll
       for (int i = 0; i < kSubtiles; ++i) {
         const std::uint32_t pair = entry.in_half(half) ? g[8 * i] : 0;
         const std::uint32_t value = ptx::pack(ptx::low_half(pair) * sums[i][j][parity],
                                               ptx::high_half(pair) * sums[i][j][2 + parity]);
-        out[8 * i] = entry.in_use() ? value : 0;  // padding is no 0 · inf
+        h[at + 8 * i] = entry.in_use() ? value : 0;  // padding is no 0 · inf
+        if (place >= 0) {
+          chunk.saved.g[saved + at + 8 * i] = pair;
+          chunk.saved.u[saved + at + 8 * i] = ptx::pack(sums[i][j][parity], sums[i][j][2 + parity]);
+        }
       }
     }
   }

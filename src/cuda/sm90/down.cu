@@ -1,6 +1,7 @@
-// The down projection over the unions of a chunk on Hopper: y = h D for 128 tokens and 256
-// outputs at a time, summed over the tile's union. A producer warpgroup gathers the rows of D;
-// h arrives by TMA, tokens contiguous; two consumer warpgroups own a half tile each.
+// Products over the unions of a chunk on Hopper, for 128 tokens and 256 outputs at a time: y = h D,
+// and the gated block's dx = dg G + du U, two such sums in one. A producer warpgroup gathers the
+// rows of the weights; h arrives by TMA, tokens contiguous; two consumer warpgroups own a half tile
+// each.
 
 #include <cuda_bf16.h>
 
@@ -33,10 +34,22 @@ struct alignas(1024) Shared {
   std::uint64_t empty[Config::kStages];
 };
 
+// y = Σ over pairs of h D.
+struct Pair {
+  CUtensorMap h;              // columns by union position
+  CUtensorMap down;           // [neurons, hidden], for adjacent rows
+  const __nv_bfloat16* rows;  // the same, to be gathered
+};
+
+template <int kPairs>
+struct Operands {
+  Pair pairs[kPairs];
+};
+
 struct Piece {
   int tile;
   int column;  // first of the 256 outputs
-  int steps;
+  int steps;   // of one pair
 
   __device__ Piece(const ForwardChunk& chunk, int item, int strips)
       : tile(chunk.order[item / strips]),
@@ -44,9 +57,9 @@ struct Piece {
         steps(ceil_div(chunk.counts[tile], kUnionStep)) {}
 };
 
+template <int kPairs>
 __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
-                                        const CUtensorMap& h_map, const CUtensorMap& down_map,
-                                        const __nv_bfloat16* down, int strips) {
+                                        const Operands<kPairs>& operands, int strips) {
   constexpr int kRows = Config::kProducers / 32;  // at a time: one warp, one row of 512 bytes
   constexpr int kTurns = kUnionStep / kRows;
   constexpr int kGroupElements = kUnionStep * 64;  // 64 outputs of each row
@@ -63,46 +76,51 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
         chunk.unions + static_cast<std::size_t>(piece.tile) * chunk.capacity + held;
     const int column = piece.column + lane * 8;
     const bool inside = column < chunk.hidden;
-    const __nv_bfloat16* source = down + (inside ? column : 0);
     const int h_row = 2 * piece.tile * chunk.capacity;
     UnionEntry next = piece.steps > 0 ? entries[0] : UnionEntry{};
 #pragma unroll 1
-    for (int step = 0; step < piece.steps; ++step, ring.advance()) {
-      const UnionEntry mine = next;
-      if (step + 1 < piece.steps) next = entries[(step + 1) * kUnionStep];
-      const int first_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns), 0}.row();
-      const int last_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns + 1), 0}.row();
-      const bool adjacent = last_row - first_row == kUnionStep - 1;
-      const int stage = ring.stage;
-      ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
-      if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&shared.full[stage],
-                                    sizeof(shared.h[0]) + (adjacent ? sizeof(shared.down[0]) : 0));
-        for (int half = 0; half < Config::kConsumers; ++half) {
-          ptx::tma_load(shared.h[stage][half], &h_map, &shared.full[stage], 0,
-                        h_row + half * chunk.capacity + step * kUnionStep);
+    for (int p = 0; p < kPairs; ++p) {
+      const Pair& pair = operands.pairs[p];
+      const __nv_bfloat16* source = pair.rows + (inside ? column : 0);
+#pragma unroll 1
+      for (int step = 0; step < piece.steps; ++step, ring.advance()) {
+        const UnionEntry mine = next;
+        next = entries[(step + 1 < piece.steps ? step + 1 : 0) * kUnionStep];
+        const int first_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns), 0}.row();
+        const int last_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns + 1), 0}.row();
+        const bool adjacent = last_row - first_row == kUnionStep - 1;
+        const int stage = ring.stage;
+        ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
+        if (threadIdx.x == 0) {
+          ptx::mbarrier_arrive_expect(
+              &shared.full[stage], sizeof(shared.h[0]) + (adjacent ? sizeof(shared.down[0]) : 0));
+          for (int half = 0; half < Config::kConsumers; ++half) {
+            ptx::tma_load(shared.h[stage][half], &pair.h, &shared.full[stage], 0,
+                          h_row + half * chunk.capacity + step * kUnionStep);
+          }
+          for (int group = 0; adjacent && group < Config::kOutputs / 64; ++group) {
+            ptx::tma_load(shared.down[stage] + group * kGroupElements, &pair.down,
+                          &shared.full[stage], piece.column + group * 64, first_row);
+          }
         }
-        for (int group = 0; adjacent && group < Config::kOutputs / 64; ++group) {
-          ptx::tma_load(shared.down[stage] + group * kGroupElements, &down_map, &shared.full[stage],
-                        piece.column + group * 64, first_row);
-        }
-      }
-      if (!adjacent) {
-        const std::uint32_t stage_target = target + stage * sizeof(shared.down[0]);
+        if (!adjacent) {
+          const std::uint32_t stage_target = target + stage * sizeof(shared.down[0]);
 #pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {
-          const int row = warp + turn * kRows;
-          const UnionEntry entry = {__shfl_sync(~0u, mine.neuron, turn), 0};
-          ptx::copy_async_16(stage_target + row * 128 + (((lane % 8) ^ (row % 8)) * 16),
-                             source + static_cast<std::size_t>(entry.row()) * chunk.hidden,
-                             inside && entry.in_use());
+          for (int turn = 0; turn < kTurns; ++turn) {
+            const int row = warp + turn * kRows;
+            const UnionEntry entry = {__shfl_sync(~0u, mine.neuron, turn), 0};
+            ptx::copy_async_16(stage_target + row * 128 + (((lane % 8) ^ (row % 8)) * 16),
+                               source + static_cast<std::size_t>(entry.row()) * chunk.hidden,
+                               inside && entry.in_use());
+          }
         }
+        ptx::copy_async_arrive(&shared.full[stage]);
       }
-      ptx::copy_async_arrive(&shared.full[stage]);
     }
   }
 }
 
+template <int kPairs>
 __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk, __nv_bfloat16* y,
                                         int strips, int consumer) {
   const int warp = threadIdx.x / 32 % 4;
@@ -114,7 +132,8 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
   for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
     const Piece piece(chunk, item, strips);
     multiply<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
-        acc, ring, piece.steps, shared.full, [&](int stage) { return shared.h[stage][consumer]; },
+        acc, ring, kPairs * piece.steps, shared.full,
+        [&](int stage) { return shared.h[stage][consumer]; },
         [&](int stage) { return shared.down[stage]; },
         [&](int stage) {
           if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
@@ -143,10 +162,10 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
   }
 }
 
+template <int kPairs>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    down_kernel(const ForwardChunk chunk, const __grid_constant__ CUtensorMap h_map,
-                const __grid_constant__ CUtensorMap down_map,
-                const __nv_bfloat16* __restrict__ down, __nv_bfloat16* __restrict__ y) {
+    down_kernel(const ForwardChunk chunk, const __grid_constant__ Operands<kPairs> operands,
+                __nv_bfloat16* __restrict__ y) {
   extern __shared__ std::uint8_t raw[];
   Shared& shared = aligned_shared<Shared>(raw);
   const int strips = ceil_div(chunk.hidden, Config::kOutputs);
@@ -162,31 +181,51 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::register_decrease<Config::kProducerRegisters>();
-    produce(shared, chunk, h_map, down_map, down, strips);
+    produce(shared, chunk, operands, strips);
   } else {
     ptx::register_increase<Config::kConsumerRegisters>();
-    consume(shared, chunk, y, strips, warpgroup - 1);
+    consume<kPairs>(shared, chunk, y, strips, warpgroup - 1);
   }
+}
+
+Status make_pair(Pair& pair, const ForwardChunk& chunk, const std::uint32_t* h, const void* down) {
+  const std::int64_t h_rows = std::int64_t{2} * chunk.tiles * chunk.capacity;
+  pair.rows = static_cast<const __nv_bfloat16*>(down);
+  Status status = make_tensor_map(pair.h, h, h_rows, kHalfTokens, kUnionStep);
+  if (!status.ok()) return status;
+  return make_tensor_map(pair.down, down, chunk.neurons, chunk.hidden, kUnionStep);
+}
+
+template <int kPairs>
+Status launch_pairs(const ForwardChunk& chunk, const std::uint32_t* const (&h)[kPairs],
+                    const void* const (&down)[kPairs], void* y, int multiprocessors,
+                    cudaStream_t stream) {
+  Operands<kPairs> operands;
+  for (int p = 0; p < kPairs; ++p) {
+    if (Status status = make_pair(operands.pairs[p], chunk, h[p], down[p]); !status.ok()) {
+      return status;
+    }
+  }
+  const int items = chunk.tiles * ceil_div(chunk.hidden, Config::kOutputs);
+  return launch(down_kernel<kPairs>, std::min(items, multiprocessors), Config::kThreads,
+                sizeof(Shared) + alignof(Shared), stream, chunk, operands,
+                static_cast<__nv_bfloat16*>(y));
 }
 
 }  // namespace
 
 Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
                    cudaStream_t stream) {
-  CUtensorMap h_map, down_map;
-  const std::int64_t h_rows = std::int64_t{2} * chunk.tiles * chunk.capacity;
-  if (Status status = make_tensor_map(h_map, chunk.h, h_rows, kHalfTokens, kUnionStep);
-      !status.ok()) {
-    return status;
+  return launch_pairs<1>(chunk, {chunk.h}, {down}, y, multiprocessors, stream);
+}
+
+Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                             int multiprocessors, cudaStream_t stream) {
+  if (!weights.gate) {
+    return launch_pairs<1>(chunk.forward, {chunk.dg}, {weights.up}, dx, multiprocessors, stream);
   }
-  if (Status status = make_tensor_map(down_map, down, chunk.neurons, chunk.hidden, kUnionStep);
-      !status.ok()) {
-    return status;
-  }
-  const int items = chunk.tiles * ceil_div(chunk.hidden, Config::kOutputs);
-  return launch(down_kernel, std::min(items, multiprocessors), Config::kThreads,
-                sizeof(Shared) + alignof(Shared), stream, chunk, h_map, down_map,
-                static_cast<const __nv_bfloat16*>(down), static_cast<__nv_bfloat16*>(y));
+  return launch_pairs<2>(chunk.forward, {chunk.dg, chunk.du}, {weights.gate, weights.up}, dx,
+                         multiprocessors, stream);
 }
 
 }  // namespace twell::cuda::sm90

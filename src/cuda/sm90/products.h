@@ -1,6 +1,7 @@
 #pragma once
 // The products on Hopper (sm_90a): WGMMA and TMA.
 
+#include "cuda/backward.h"
 #include "cuda/forward.h"
 #include "cuda/token_lists.h"
 
@@ -23,5 +24,12 @@ Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& list
 Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists, const void* x,
                              const void* dy, const WeightGradients& gradients, int multiprocessors,
                              cudaStream_t stream);
+
+// The backward's, as in backward.h; the coefficients of those tiles only whose columns the forward
+// has kept.
+Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+                           int multiprocessors, cudaStream_t stream);
+Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                             int multiprocessors, cudaStream_t stream);
 
 }  // namespace twell::cuda::sm90

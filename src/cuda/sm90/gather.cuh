@@ -1,0 +1,243 @@
+#pragma once
+// The product that Hopper's kernels over unions share: rows of 128 tokens by up to 256 union
+// neurons, whose rows of a matrix are gathered, summed over hidden. A producer warpgroup gathers
+// with 16-byte copies into the swizzled layout (64 adjacent rows are one TMA box), beside TMA tiles
+// of the tokens; two consumer warpgroups own a half tile each. What becomes of the sums is the
+// business of an epilogue, a kernel's parameter:
+//
+//   bool takes(UnionItem)                 whether the kernel works on the item
+//   void fill(stages, ring, chunk, item)  all producer threads: stages after those of the product
+//   Consumer(epilogue, chunk, stages, half), of a warpgroup:
+//     void look_ahead(UnionItem)          begins to read what the next item needs
+//     void begin()                        that item's turn has come
+//     Held before<kN>(UnionItem)          reads what arrives while the products run
+//     void after<kN>(sums, held, ring, UnionItem)   sums as ptx::wgmma holds them
+//
+// `Scratch` is what consumers share besides the stages.
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "cuda/forward.h"
+#include "cuda/ptx/copy.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/tensor_map.h"
+
+namespace twell::cuda::sm90 {
+
+struct Gather {
+  static constexpr int kStages = 4;
+  static constexpr int kConsumers = 2;
+  static constexpr int kProducers = 128;
+  static constexpr int kThreads = kProducers + 128 * kConsumers;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
+};
+
+using GatherRing = Ring<Gather::kStages>;
+
+template <class Scratch>
+struct alignas(1024) GatherStages {
+  __nv_bfloat16 tokens[Gather::kStages][kTileTokens * kTileHidden];
+  __nv_bfloat16 weights[Gather::kStages][kUnionItem * kTileHidden];
+  std::uint64_t full[Gather::kStages];
+  std::uint64_t empty[Gather::kStages];
+  Scratch scratch;
+};
+
+struct GatherOperands {
+  CUtensorMap tokens;  // [rows, hidden]
+  int first_token;     // the chunk's first row of them
+  CUtensorMap boxes;   // [neurons, hidden], for adjacent rows
+  const uint4* rows;   // the same, to be gathered
+};
+
+inline Status make_operands(GatherOperands& operands, const ForwardChunk& chunk,
+                            const Tokens& tokens, const void* weights) {
+  operands.first_token = tokens.first;
+  operands.rows = static_cast<const uint4*>(weights);
+  Status status =
+      make_tensor_map(operands.tokens, tokens.x, tokens.rows, chunk.hidden, kTileTokens);
+  if (!status.ok()) return status;
+  return make_tensor_map(operands.boxes, weights, chunk.neurons, chunk.hidden, kUnionStep);
+}
+
+// The items of a chunk's schedule that this CTA works on, one after the other.
+template <class Epilogue>
+class Items {
+ public:
+  __device__ Items(const ForwardChunk& chunk, const Epilogue& epilogue)
+      : schedule_(*chunk.schedule), epilogue_(epilogue), count_(schedule_.item_count) {
+    find();
+  }
+  __device__ __forceinline__ bool more() const { return at_ < count_; }
+  __device__ __forceinline__ UnionItem item() const { return item_; }
+  __device__ __forceinline__ void advance() {
+    at_ += gridDim.x;
+    find();
+  }
+
+ private:
+  __device__ __forceinline__ void find() {
+    for (; at_ < count_; at_ += gridDim.x) {
+      item_ = schedule_.items[at_];
+      if (epilogue_.takes(item_)) return;
+    }
+  }
+
+  const Schedule& schedule_;
+  const Epilogue& epilogue_;
+  const int count_;
+  int at_ = blockIdx.x;
+  UnionItem item_ = {};
+};
+
+template <class Stages, class Epilogue>
+__device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk,
+                                       const GatherOperands& operands, const Epilogue& epilogue) {
+  constexpr int kPieces = kTileHidden / 8;             // 16-byte pieces of a row
+  constexpr int kRows = Gather::kProducers / kPieces;  // rows at a time
+  constexpr int kTurns = kUnionStep / kRows;           // to gather kUnionStep rows
+  constexpr int kGroups = kUnionItem / kUnionStep;
+  constexpr int kGroupElements = kUnionStep * kTileHidden;
+  const int row = static_cast<int>(threadIdx.x) / kPieces;  // of the first kRows
+  const int piece = static_cast<int>(threadIdx.x) % kPieces;
+  const int steps = ceil_div(chunk.hidden, kTileHidden);
+  const std::uint32_t target =
+      ptx::shared_address(shared.weights) + row * 128 + ((piece ^ (row % 8)) * 16);
+  GatherRing ring;
+#pragma unroll 1
+  for (Items<Epilogue> items(chunk, epilogue); items.more(); items.advance()) {
+    const UnionItem item = items.item();
+    const UnionEntry* entries = chunk.unions +
+                                static_cast<std::size_t>(item.tile) * chunk.capacity +
+                                item.first * kUnionItem;
+    std::uint32_t offsets[kGroups * kTurns];  // in pieces of 16 bytes
+    bool gathered[kGroups];  // by all threads; else by TMA, the rows being adjacent
+    int group_row[kGroups];
+    int bytes = sizeof(shared.tokens[0]);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const bool exists = group <= item.steps;
+      const UnionEntry* mine = entries + (exists ? group * kUnionStep : 0);
+      group_row[group] = mine[0].row();
+      const bool adjacent = exists && mine[kUnionStep - 1].row() == mine[0].row() + kUnionStep - 1;
+      gathered[group] = exists && !adjacent;
+      if (!exists) group_row[group] = -1;
+      bytes += adjacent ? kGroupElements * 2 : 0;
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        offsets[group * kTurns + turn] =
+            mine[turn * kRows + row].row() * (chunk.hidden / 8) + piece;
+      }
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, ring.advance()) {
+      const int stage = ring.stage;
+      ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
+      if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&shared.full[stage], bytes);
+        ptx::tma_load(shared.tokens[stage], &operands.tokens, &shared.full[stage],
+                      step * kTileHidden, operands.first_token + item.tile * kTileTokens);
+      }
+      const bool inside = step * kTileHidden + piece * 8 < chunk.hidden;
+      const uint4* source = operands.rows + (inside ? step * kPieces : 0);
+      const std::uint32_t stage_target = target + stage * sizeof(shared.weights[0]);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        if (gathered[group]) {
+#pragma unroll
+          for (int turn = 0; turn < kTurns; ++turn) {
+            const int at = group * kTurns + turn;
+            ptx::copy_async_16(stage_target + at * kRows * 128, source + (inside ? offsets[at] : 0),
+                               inside);
+          }
+        } else if (threadIdx.x == 0 && group_row[group] >= 0) {
+          ptx::tma_load(shared.weights[stage] + group * kGroupElements, &operands.boxes,
+                        &shared.full[stage], step * kTileHidden, group_row[group]);
+        }
+      }
+      ptx::copy_async_arrive(&shared.full[stage]);
+    }
+    epilogue.fill(shared, ring, chunk, item);
+  }
+}
+
+template <int kN, class Stages, class Consumer>
+__device__ __forceinline__ void multiply_item(Stages& shared, GatherRing& ring,
+                                              const ForwardChunk& chunk, Consumer& consumer,
+                                              UnionItem item, int half) {
+  const auto held = consumer.template before<kN>(item);
+  float sums[kN / 2];
+  multiply<kN, ptx::Major::kInner, ptx::Major::kInner, Filler::kTmaAndThreads>(
+      sums, ring, ceil_div(chunk.hidden, kTileHidden), shared.full,
+      [&](int stage) { return shared.tokens[stage] + half * kHalfTokens * kTileHidden; },
+      [&](int stage) { return shared.weights[stage]; },
+      [&](int stage) {
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+      });
+  consumer.template after<kN>(sums, held, ring, item);
+}
+
+template <class Stages, class Epilogue>
+__device__ __forceinline__ void consume(Stages& shared, const ForwardChunk& chunk,
+                                        const Epilogue& epilogue, int half) {
+  typename Epilogue::Consumer consumer(epilogue, chunk, shared, half);
+  GatherRing ring;
+  Items<Epilogue> items(chunk, epilogue);
+  if (items.more()) consumer.look_ahead(items.item());
+#pragma unroll 1
+  while (items.more()) {
+    const UnionItem item = items.item();
+    consumer.begin();
+    items.advance();
+    if (items.more()) consumer.look_ahead(items.item());
+    switch (item.steps) {
+      case 0:
+        multiply_item<64>(shared, ring, chunk, consumer, item, half);
+        break;
+      case 1:
+        multiply_item<128>(shared, ring, chunk, consumer, item, half);
+        break;
+      case 2:
+        multiply_item<192>(shared, ring, chunk, consumer, item, half);
+        break;
+      default:
+        multiply_item<256>(shared, ring, chunk, consumer, item, half);
+    }
+  }
+}
+
+// The body of a kernel of Gather::kThreads.
+template <class Epilogue>
+__device__ __forceinline__ void multiply_items(const ForwardChunk& chunk,
+                                               const GatherOperands& operands,
+                                               const Epilogue& epilogue) {
+  extern __shared__ std::uint8_t raw[];
+  auto& shared = aligned_shared<GatherStages<typename Epilogue::Scratch>>(raw);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Gather::kStages; ++stage) {
+      ptx::mbarrier_init(&shared.full[stage], Gather::kProducers + 1);
+      ptx::mbarrier_init(&shared.empty[stage], Gather::kConsumers * 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    ptx::register_decrease<Gather::kProducerRegisters>();
+    gather(shared, chunk, operands, epilogue);
+  } else {
+    ptx::register_increase<Gather::kConsumerRegisters>();
+    consume(shared, chunk, epilogue, warpgroup - 1);
+  }
+}
+
+template <class Epilogue>
+inline constexpr std::size_t kGatherBytes = sizeof(GatherStages<typename Epilogue::Scratch>) +
+                                            alignof(GatherStages<typename Epilogue::Scratch>);
+
+}  // namespace twell::cuda::sm90
