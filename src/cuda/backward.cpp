@@ -136,6 +136,7 @@ class Backward {
     lists_.block_first = at<std::int32_t>(layout_.list_places);
     lists_.activity = at<std::int32_t>(layout_.activity);
     lists_.neurons = at<std::int32_t>(layout_.list_neurons);
+    lists_.positions = at<std::int32_t>(layout_.positions);
     lists_.active = at<ActiveTokens>(layout_.active);
     lists_.counts = at<std::int32_t>(layout_.token_counts);
     lists_.order = at<std::int32_t>(layout_.list_order);

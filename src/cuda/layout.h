@@ -162,7 +162,7 @@ struct BackwardLayout {
   std::size_t lists, token_counts, list_rows;
   std::size_t tokens, projection_rows, hidden_rows;               // NeuronRows
   std::size_t list_state, list_places, list_order, list_entries;  // TokenLists
-  std::size_t word_first, activity, list_neurons, active;
+  std::size_t word_first, activity, list_neurons, positions, active;
   std::size_t totals[3];  // of the gradients of G, U, D; TokenLists: their lower halves
   std::size_t bytes;
 
@@ -204,6 +204,7 @@ struct BackwardLayout {
       list_state = carve.take(32);
       activity = carve.take(problem.neurons * 4);
       list_neurons = carve.take(blocks * kRowNeurons * 4);
+      positions = carve.take(tiles * blocks * kRowNeurons * 4);
       active = carve.take(2 * tiles * capacity * 8);
       lists = carve.take(blocks * 2 * tiles * 12);
       list_places = carve.take(blocks * 4);

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const TokenLists lis
   __shared__ alignas(16) std::uint32_t keys[kKeys];
   const int neuron = static_cast<int>(blockIdx.x) * kSortThreads + static_cast<int>(threadIdx.x);
   const std::uint32_t mine = neuron < neurons ? sort_key(lists, neuron) : 0;
-  int rank = 0;
+  int ranks[4] = {};
   for (int first = 0; first < neurons; first += kKeys) {
     __syncthreads();
 #pragma unroll
@@ -82,11 +82,14 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const TokenLists lis
 #pragma unroll 8
     for (int i = 0; i < kKeys; i += 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
-      rank += (four.x > mine) + (four.y > mine) + (four.z > mine) + (four.w > mine);
+      ranks[0] += four.x > mine;
+      ranks[1] += four.y > mine;
+      ranks[2] += four.z > mine;
+      ranks[3] += four.w > mine;
     }
   }
   if (neuron < neurons) {
-    lists.neurons[rank] = neuron;
+    lists.neurons[ranks[0] + ranks[1] + ranks[2] + ranks[3]] = neuron;
   } else if (neuron < lists.blocks * kRowNeurons) {
     lists.neurons[neuron] = -1;
   }
@@ -98,18 +101,24 @@ struct Part {
   int half_tile = blockIdx.y;
   int block = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
 
-  // The union position of the lane's i-th neuron; negative: not in the union.
-  __device__ int position(const BackwardChunk& chunk, const TokenLists& lists, int i) const {
-    const int lane = threadIdx.x % 32;
-    return union_position(chunk.forward, half_tile / 2,
-                          lists.neurons[block * kRowNeurons + 32 * i + lane]);
-  }
   __device__ ActiveTokens active(const BackwardChunk& chunk, const TokenLists& lists,
                                  int position) const {
     if (position < 0) return {};
     return lists.active[static_cast<std::size_t>(half_tile) * chunk.forward.capacity + position];
   }
 };
+
+// Where a neuron stands in the union of a tile; negative: not there.
+__device__ __forceinline__ int union_position(const ForwardChunk& chunk, int tile, int neuron) {
+  if (neuron < 0) return -1;
+  const int words = chunk.blocks * kMaskWords;
+  const int word = neuron / 32;
+  const std::uint32_t* masks = chunk.masks + static_cast<std::size_t>(2 * tile) * words + word;
+  const std::uint32_t used = masks[0] | masks[words];
+  const int before = chunk.word_first[tile * words + word];
+  if (((used >> (neuron % 32)) & 1u) == 0) return -1;
+  return before + __popc(used & ((1u << (neuron % 32)) - 1));
+}
 
 __device__ __forceinline__ std::uint32_t or_of_warp(std::uint32_t value) {
 #pragma unroll
@@ -123,7 +132,12 @@ __device__ __forceinline__ void count_part(const BackwardChunk& chunk, const Tok
   ListPart part = {};
 #pragma unroll
   for (int i = 0; i < kRowNeurons / 32; ++i) {
-    const ActiveTokens mine = at.active(chunk, lists, at.position(chunk, lists, i));
+    const int neuron = lists.neurons[at.block * kRowNeurons + 32 * i + lane];
+    const int position = union_position(chunk.forward, at.half_tile / 2, neuron);
+    if (at.half_tile % 2 == 0) {
+      positions_of(lists, at.half_tile / 2, at.block)[32 * i + lane] = position;
+    }
+    const ActiveTokens mine = at.active(chunk, lists, position);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       part.tokens.words[s] |= mine.words[s];
@@ -231,7 +245,7 @@ __global__ void __launch_bounds__(kThreads)
   int counts[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    positions[i] = at.position(chunk, lists, i);
+    positions[i] = positions_of(lists, at.half_tile / 2, at.block)[32 * i + lane];
     active[i] = at.active(chunk, lists, positions[i]);
     std::uint32_t used = __ballot_sync(~0u, (active[i].words[0] | active[i].words[1]) != 0);
     for (; used != 0; used &= used - 1) {
@@ -265,7 +279,7 @@ __global__ void __launch_bounds__(kThreads)
     std::uint32_t used = __ballot_sync(~0u, (active[i].words[0] | active[i].words[1]) != 0);
     while (used != 0) {
       // Several columns' loads are in flight together.
-      constexpr int kBatch = 4;
+      constexpr int kBatch = 8;
       int from[kBatch];
       bool low[kBatch], high[kBatch];
       std::uint32_t dg[kBatch], du[kBatch], h[kBatch];

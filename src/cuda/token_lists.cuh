@@ -10,15 +10,10 @@ __device__ __forceinline__ int rows_of(const ListPart& part) {
   return __popc(part.tokens.words[0]) + __popc(part.tokens.words[1]);
 }
 
-// Where a neuron stands in the union of a tile; negative: not in it.
-__device__ __forceinline__ int union_position(const ForwardChunk& chunk, int tile, int neuron) {
-  if (neuron < 0) return -1;
-  const int words = chunk.blocks * kMaskWords;
-  const int word = neuron / 32;
-  const std::uint32_t* masks = chunk.masks + static_cast<std::size_t>(2 * tile) * words + word;
-  const std::uint32_t used = masks[0] | masks[words];
-  if (((used >> (neuron % 32)) & 1u) == 0) return -1;
-  return chunk.word_first[tile * words + word] + __popc(used & ((1u << (neuron % 32)) - 1));
+// Where the 64 neurons of a block stand in the union of a tile.
+__device__ __forceinline__ std::int32_t* positions_of(const TokenLists& lists, int tile,
+                                                      int block) {
+  return lists.positions + (static_cast<std::size_t>(tile) * lists.blocks + block) * kRowNeurons;
 }
 
 }  // namespace twell::cuda

@@ -70,10 +70,12 @@ struct TokenLists {
   int parity;          // of the chunk's number
 
   ListState* state;
-  std::int32_t* activity;     // [N]: active tokens of the first chunk
-  std::int32_t* neurons;      // [blocks, 64]: those of each block; negative: none
-  ActiveTokens* active;       // [2 tiles of a chunk, capacity]: by union position
-  ListPart* parts;            // [blocks, 2 tiles of a chunk]
+  std::int32_t* activity;  // [N]: active tokens of the first chunk
+  std::int32_t* neurons;   // [blocks, 64]: those of each block; negative: none
+  std::int32_t*
+      positions;         // [tiles of a chunk, blocks, 64]: in the tile's union; negative: not there
+  ActiveTokens* active;  // [2 tiles of a chunk, capacity]: by union position
+  ListPart* parts;       // [blocks, 2 tiles of a chunk]
   std::int32_t* block_first;  // [blocks]: the chunk's first entry
   std::int32_t* counts;  // [2, blocks]: rows after this chunk at `parity`, before it at the other
   std::int32_t* order;   // [blocks]: by falling count

@@ -246,7 +246,8 @@ struct Lists {
       for (int place = share.place + 32 * kEarly; place < share.end; place += 32) {
         put<kGated>(tiles, lists.entries[place]);
       }
-      ptx::fence_async_proxy();
+      // The fence between these stores and WGMMA is the consumer's, after its wait: here it would
+      // also wait for the loads ahead.
       ptx::mbarrier_arrive(&shared.full[ring.stage]);
     }
   }
@@ -305,20 +306,14 @@ struct HalfTiles {
     const std::uint32_t* const columns[3] = {chunk.dg, kGated ? chunk.du : chunk.h, chunk.h};
     constexpr int kNeurons = kRowNeurons * 8 / kProducers;  // of a thread
     const int first = thread / 8;
-    int neurons[kNeurons];
-#pragma unroll
-    for (int i = 0; i < kNeurons; ++i) {
-      neurons[i] = lists.neurons[block * kRowNeurons + first + i * (kProducers / 8)];
-    }
     // Looks ahead to the next half tile in use, and where the neurons stand in its union.
     int positions[kNeurons];
     const auto seek = [&](int half) {
       while (half < halves() && !in_use(parts(block)[half])) ++half;
       if (half == halves()) return half;
+      const std::int32_t* all = positions_of(lists, half / 2, block) + first;
 #pragma unroll
-      for (int i = 0; i < kNeurons; ++i) {
-        positions[i] = union_position(chunk.forward, half / 2, neurons[i]);
-      }
+      for (int i = 0; i < kNeurons; ++i) positions[i] = all[i * (kProducers / 8)];
       return half;
     };
     int next = seek(0);
