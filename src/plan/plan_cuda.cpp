@@ -177,9 +177,7 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product
   plan.workspace_bytes = cuda::ForwardLayout(plan).bytes;
   if (options.training) {
-    // Only Hopper's kernels keep columns.
-    const bool keeps_columns = device.compute_capability / 10 == 9;
-    plan.saved_bytes = cuda::SavedLayout::bytes(problem, keeps_columns ? cuda::kSavedShare : 0);
+    plan.saved_bytes = cuda::SavedLayout::bytes(problem, cuda::kSavedShare);
     plan.backward_workspace_bytes = cuda::BackwardLayout(plan).bytes;
   }
   return plan;
