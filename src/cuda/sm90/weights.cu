@@ -1,7 +1,7 @@
 // The gradients of the weights on Hopper: dG = dgᵀ x, dU = duᵀ x, dD = hᵀ dy for 64 neurons and 128
 // hidden columns at a time, each by a consumer warpgroup of its own. The sum is over tokens, 64 per
-// stage: one producer warpgroup gathers the tokens' rows of x and dy, another spreads their
-// coefficients, which are few, over zeros.
+// stage: one producer warpgroup gathers the tokens' rows of x and dy, two others take turns to
+// spread their coefficients, which are few, over zeros.
 
 #include <cuda_bf16.h>
 
@@ -20,14 +20,15 @@ namespace {
 constexpr int kStages = 4;
 constexpr int kStep = 64;  // tokens of a stage
 constexpr int kColumns = 128;
-constexpr int kProducers = 128;  // threads of each of the two producer warpgroups
+constexpr int kProducers = 128;  // threads of a producer warpgroup
+constexpr int kGroups = 2;       // producer warpgroups
 constexpr int kTileElements = kStep * kRowNeurons;
 
 // Gated: dg, du, h. Plain: dg, h.
 template <bool kGated>
 struct Config {
   static constexpr int kMatrices = kGated ? 3 : 2;
-  static constexpr int kThreads = 2 * kProducers + 128 * kMatrices;
+  static constexpr int kThreads = kProducers * kGroups + 128 * kMatrices;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = kGated ? 112 : 160;
 };
@@ -91,45 +92,64 @@ __device__ __forceinline__ void publish_item(Shared<kGated>& shared, std::uint32
   ptx::mbarrier_arrive(&shared.item_full[n % 2]);
 }
 
-// A thread's share of gathering the rows of both sources.
+// The n-th stage that is filled.
+struct Turn {
+  int stage;
+  std::uint32_t parity;
+
+  __device__ explicit Turn(std::uint32_t n)
+      : stage(static_cast<int>(n % kStages)), parity(n / kStages % 2) {}
+};
+
+// A thread's share of gathering the rows of both sources. A warp copies two rows at a time; each of
+// its first 16 lanes holds the token of one, negative for zeros.
 class Gather {
  public:
-  static constexpr int kPieces = kColumns / 8;
-  static constexpr int kRows = kProducers / kPieces;  // at a time
-  static constexpr int kTurns = kStep / kRows;
-  static_assert(kRows % 8 == 0, "a thread's rows have one swizzle");
-  using Tokens = int[kTurns];  // negative: zeros
-
   __device__ __forceinline__ Gather(const Call& call, int strip)
-      : call_(call), column_(strip * kColumns + piece() * 8), inside_(column_ < call.hidden) {}
+      : stride_(static_cast<std::uint32_t>(call.hidden) * 2) {
+    const int column = strip * kColumns + piece() * 8;
+    inside_ = column < call.hidden;
+    for (const int s : {0, 1}) {
+      bases_[s] = reinterpret_cast<const char*>(call.sources[s] + (inside_ ? column : 0));
+    }
+  }
 
-  // The row of a stage that the thread copies in a turn.
-  __device__ static int row(int turn) { return thread() / kPieces + turn * kRows; }
+  // The row of a stage whose token this lane holds; those above kStep: none.
+  __device__ static int held_row() {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return thread() / 32 * 2 + lane % 2 + lane / 2 * kRows;
+  }
 
   __device__ __forceinline__ void copy(__nv_bfloat16 (&stage)[2][kStep * kColumns],
-                                       const Tokens& tokens) const {
+                                       int held) const {
     const std::uint32_t target = ptx::shared_address(stage[0]) + piece() / 8 * (kStep * 128) +
-                                 row(0) * 128 + (((piece() % 8) ^ (row(0) % 8)) * 16);
+                                 row() * 128 + (((piece() % 8) ^ (row() % 8)) * 16);
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const bool valid = inside_ && tokens[turn] >= 0;
-      const std::size_t at =
-          valid ? static_cast<std::size_t>(tokens[turn]) * call_.hidden + column_ : 0;
+    for (int turn = 0; turn < kStep / kRows; ++turn) {
+      const int token = __shfl_sync(~0u, held, 2 * turn + row() % 2);
+      const bool valid = inside_ && token >= 0;
+      const std::uint64_t offset =
+          static_cast<std::uint64_t>(static_cast<std::uint32_t>(max(token, 0))) * stride_;
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         ptx::copy_async_16(target + s * (kStep * kColumns * 2) + turn * kRows * 128,
-                           call_.sources[s] + at, valid);
+                           bases_[s] + offset, valid);
       }
     }
   }
 
  private:
+  static constexpr int kPieces = kColumns / 8;
+  static constexpr int kRows = kProducers / kPieces;  // at a time
+  static_assert(kRows == 8, "a thread's rows have one swizzle; a warp has two of them");
+
   __device__ static int thread() { return static_cast<int>(threadIdx.x) % kProducers; }
   __device__ static int piece() { return thread() % kPieces; }
+  __device__ static int row() { return thread() / kPieces; }  // the first
 
-  const Call& call_;
-  const int column_;
-  const bool inside_;
+  const std::uint32_t stride_;
+  const char* bases_[2];
+  bool inside_;
 };
 
 // Writes a coefficient of the token in row `row` to its place in a tile of kOuter layout.
@@ -167,48 +187,28 @@ struct Lists {
   // Whether the gradients hold sums of dense chunks.
   __device__ bool adds() const { return lists.state->dense_chunks > 0; }
 
-  // All rows of x and dy of an item, by the first producer warpgroup.
-  __device__ __forceinline__ void gather(Shared<kGated>& shared, Ring<kStages>& ring,
-                                         const Call& call, int block, int strip) const {
-    const int steps = this->steps(block);
-    const ListRow* list = rows(block);
-    const Gather share(call, strip);
-    const auto load = [&](Gather::Tokens& tokens, int step) {
-#pragma unroll
-      for (int turn = 0; turn < Gather::kTurns; ++turn) {
-        const int row = step * kStep + Gather::row(turn);
-        tokens[turn] = step < steps ? static_cast<int>(list[row].token) : -1;
-      }
-    };
-    Gather::Tokens next;
-    load(next, 0);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step, ring.advance()) {
-      Gather::Tokens tokens;
-#pragma unroll
-      for (int turn = 0; turn < Gather::kTurns; ++turn) tokens[turn] = next[turn];
-      load(next, step + 1);
-      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-      share.copy(shared.sources[ring.stage], tokens);
-      ptx::copy_async_arrive(&shared.full[ring.stage]);
-    }
-  }
-
-  // All coefficients of an item, by the second: a warp those of 16 rows, which lie side by side.
-  __device__ __forceinline__ void spread(Shared<kGated>& shared, Ring<kStages>& ring,
-                                         int block) const {
+  // Every other step of an item. A warp spreads the coefficients of 16 rows, which lie side by
+  // side.
+  __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
+                                          int strip, int group, std::uint32_t first_turn) const {
     constexpr int kRows = kStep / 4;
     constexpr int kEarly = 4;  // entries per lane that are loaded a step ahead
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int first_row = static_cast<int>(threadIdx.x) % kProducers / 32 * kRows;
     const int steps = this->steps(block);
-    const ListRow* list = rows(block) + first_row;
+    const ListRow* list = rows(block);
+    const Gather share_of_rows(call, strip);
+    const auto load_token = [&](int step) {  // the lane's
+      const int row = step * kStep + Gather::held_row();
+      return step < steps && Gather::held_row() < kStep ? static_cast<int>(list[row].token) : -1;
+    };
     struct Range {  // of the warp's entries of a step
       int first, end;
     };
     const auto range_of = [&](int step) {
       if (step >= steps) return Range{0, 0};
-      return Range{list[step * kStep].first(), list[step * kStep + kRows - 1].end()};
+      const ListRow* mine = list + step * kStep + first_row;
+      return Range{mine[0].first(), mine[kRows - 1].end()};
     };
     struct Share {
       int place, end;
@@ -222,15 +222,22 @@ struct Lists {
       }
       return share;
     };
-    Share next = load(range_of(0));
-    Range next_range = range_of(1);
+    int step = static_cast<int>((first_turn + group) % kGroups);
+    Share next = load(range_of(step));
+    Range next_range = range_of(step + kGroups);
+    int next_token = load_token(step);
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, ring.advance()) {
+    for (; step < steps; step += kGroups) {
       const Share share = next;
       next = load(next_range);
-      next_range = range_of(step + 2);
-      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-      auto& tiles = shared.coefficients[ring.stage];
+      next_range = range_of(step + 2 * kGroups);
+      const int token = next_token;
+      next_token = load_token(step + kGroups);
+      const Turn turn(first_turn + step);
+      ptx::mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);
+      share_of_rows.copy(shared.sources[turn.stage], token);
+      ptx::copy_async_arrive(&shared.full[turn.stage]);
+      auto& tiles = shared.coefficients[turn.stage];
 #pragma unroll
       for (auto& tile : tiles) {
         auto* zeros = reinterpret_cast<uint4*>(tile + first_row * kRowNeurons);
@@ -248,7 +255,7 @@ struct Lists {
       }
       // The fence between these stores and WGMMA is the consumer's, after its wait: here it would
       // also wait for the loads ahead.
-      ptx::mbarrier_arrive(&shared.full[ring.stage]);
+      ptx::mbarrier_arrive(&shared.full[turn.stage]);
     }
   }
 };
@@ -279,27 +286,8 @@ struct HalfTiles {
   __device__ bool runs() const { return lists.state->dense != 0; }
   __device__ bool adds() const { return lists.state->dense_chunks > 1; }
 
-  __device__ __forceinline__ void gather(Shared<kGated>& shared, Ring<kStages>& ring,
-                                         const Call& call, int block, int strip) const {
-    const Gather share(call, strip);
-#pragma unroll 1
-    for (int half = 0; half < halves(); ++half) {
-      if (!in_use(parts(block)[half])) continue;
-      Gather::Tokens tokens;
-#pragma unroll
-      for (int turn = 0; turn < Gather::kTurns; ++turn) {
-        const int token = half * kHalfTokens + token_of(Gather::row(turn));
-        tokens[turn] = token < chunk.forward.tokens ? token : -1;
-      }
-      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-      share.copy(shared.sources[ring.stage], tokens);
-      ptx::copy_async_arrive(&shared.full[ring.stage]);
-      ring.advance();
-    }
-  }
-
-  __device__ __forceinline__ void spread(Shared<kGated>& shared, Ring<kStages>& ring,
-                                         int block) const {
+  __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
+                                          int strip, int group, std::uint32_t first_turn) const {
     constexpr int kMatrices = Config<kGated>::kMatrices;
     const int thread = static_cast<int>(threadIdx.x) % kProducers;
     const int piece = thread % 8;
@@ -316,28 +304,37 @@ struct HalfTiles {
       for (int i = 0; i < kNeurons; ++i) positions[i] = all[i * (kProducers / 8)];
       return half;
     };
+    const Gather share_of_rows(call, strip);
     int next = seek(0);
 #pragma unroll 1
-    while (next < halves()) {
+    for (std::uint32_t n = first_turn; next < halves(); ++n) {
+      if (n % kGroups != static_cast<std::uint32_t>(group)) {
+        next = seek(next + 1);
+        continue;
+      }
+      const Turn turn(n);
       const std::size_t column = static_cast<std::size_t>(next) * chunk.forward.capacity;
+      const int token = next * kHalfTokens + token_of(Gather::held_row());
+      const bool exists = Gather::held_row() < kStep && token < chunk.forward.tokens;
       int places[kNeurons];
 #pragma unroll
       for (int i = 0; i < kNeurons; ++i) places[i] = positions[i];
       next = seek(next + 1);
-      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      ptx::mbarrier_wait(&shared.empty[turn.stage], turn.parity ^ 1);
+      share_of_rows.copy(shared.sources[turn.stage], exists ? token : -1);
+      ptx::mbarrier_arrive(&shared.full[turn.stage]);
 #pragma unroll
       for (int i = 0; i < kNeurons; ++i) {
         const int row = first + i * (kProducers / 8);
         const std::size_t at = (column + max(places[i], 0)) * kColumnWords + piece * 4;
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
-          ptx::copy_async_16(ptx::shared_address(shared.coefficients[ring.stage][m]) + row * 128 +
+          ptx::copy_async_16(ptx::shared_address(shared.coefficients[turn.stage][m]) + row * 128 +
                                  ((piece ^ (row % 8)) * 16),
                              columns[m] + at, places[i] >= 0);
         }
       }
-      ptx::copy_async_arrive(&shared.full[ring.stage]);
-      ring.advance();
+      ptx::copy_async_arrive(&shared.full[turn.stage]);
     }
   }
 };
@@ -462,9 +459,9 @@ __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
   __syncthreads();
 
   const int warpgroup = threadIdx.x / 128;
-  if (warpgroup < 2) {
+  if (warpgroup < kGroups) {
     ptx::register_decrease<Config<kGated>::kProducerRegisters>();
-    Ring<kStages> ring;
+    std::uint32_t turn = 0;
     int index = blockIdx.x;
 #pragma unroll 1
     for (std::uint32_t n = 0; index < blocks * call.strips; index = next_item(shared, n++)) {
@@ -474,17 +471,14 @@ __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
       }
       const Item item(index, blocks, call.strips);
       const int block = work.block(item.rank);
-      if (warpgroup == 0) {
-        work.gather(shared, ring, call, block, item.strip);
-      } else {
-        work.spread(shared, ring, block);
-      }
+      work.produce(shared, call, block, item.strip, warpgroup, turn);
+      turn += static_cast<std::uint32_t>(work.steps(block));
       if (threadIdx.x == 0) publish_item(shared, n, taken);
       __syncwarp();
     }
   } else {
     ptx::register_increase<Config<kGated>::kConsumerRegisters>();
-    consume<kGated>(shared, work, call, blocks, warpgroup - 2);
+    consume<kGated>(shared, work, call, blocks, warpgroup - kGroups);
   }
 }
 
