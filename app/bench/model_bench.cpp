@@ -33,8 +33,7 @@ double seconds_since(Clock::time_point start) {
 }
 
 struct Step {
-  Tensor loss;  // on the device
-  double gradient_norm = 0;
+  Tensor loss, gradient_norm;  // on the device
   std::vector<FfnPath> paths;
 };
 
@@ -68,7 +67,7 @@ class Stepper {
     const Tensor targets = tokens.narrow(1, 1, length).reshape({-1});
     const Tensor loss =
         linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model_.head(), targets);
-    Step step{loss.detach(), 0, {}};
+    Step step{loss.detach(), {}, {}};
     for (const FfnOutput& ffn : ffns) step.paths.push_back(ffn.path);
     if (!training_) return step;
     Tensor l1 = torch::zeros({}, loss.options());
@@ -103,10 +102,13 @@ double check_alike(const std::vector<Form>& forms, bool training) {
                   " ones on the same batch; they must be equal within 0.2%");
     }
     most = std::max(most, difference);
-    if (training && !(apart(form.last.gradient_norm, first.gradient_norm) <= kNormTolerance)) {
-      throw Error("the gradient's norm is " + std::to_string(form.last.gradient_norm) + " with " +
-                  form.name + " blocks and " + std::to_string(first.gradient_norm) + " with " +
-                  forms.front().name + " ones on the same batch; they must be equal within 5%");
+    if (!training) continue;
+    const double norm = form.last.gradient_norm.item<double>();
+    const double first_norm = first.gradient_norm.item<double>();
+    if (!(apart(norm, first_norm) <= kNormTolerance)) {
+      throw Error("the gradient's norm is " + std::to_string(norm) + " with " + form.name +
+                  " blocks and " + std::to_string(first_norm) + " with " + forms.front().name +
+                  " ones on the same batch; they must be equal within 5%");
     }
   }
   return most;
@@ -201,7 +203,8 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
         {"p10", quantile(form.ms, 0.1)}, {"median", median}, {"p90", quantile(form.ms, 0.9)}};
     result["tokens_per_second"][form.name] = tokens / median * 1000;
     result["loss"][form.name] = form.last.loss.item<double>();
-    result["gradient_norm"][form.name] = options.training ? Json(form.last.gradient_norm) : Json();
+    result["gradient_norm"][form.name] =
+        options.training ? Json(form.last.gradient_norm.item<double>()) : Json();
     result["peak_bytes"][form.name] = nullable(form.peak);
     result["energy_mj_per_token"][form.name] =
         form.joules ? Json(*form.joules / tokens * 1000) : Json();

@@ -28,8 +28,8 @@ static void from_json(const nlohmann::json& json, FfnChooser& chooser) {
   chooser.measured = measured.empty() ? Readback() : Readback(measured);
 }
 
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, controller, choosers,
-                                   revived, corpus_hash)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, step_seconds, figures,
+                                   controller, choosers, revived, corpus_hash)
 
 namespace {
 
