@@ -50,7 +50,8 @@ struct Form {
 
 class Stepper {
  public:
-  Stepper(Llama& model, bool training) : model_(model), training_(training) {
+  Stepper(Llama& model, bool training, bool recompute)
+      : model_(model), training_(training), recompute_(recompute) {
     for (auto& [name, value] : model_.parameters()) value.requires_grad_(training);
     if (training) optimizer_.emplace(model_.parameters(), AdamWOptions{});
   }
@@ -63,6 +64,7 @@ class Stepper {
     forward.ffn = mode;
     forward.ffn_outputs = &ffns;
     forward.counts = training_ ? FfnCounts::kL1 : FfnCounts::kNone;
+    forward.recompute = recompute_;
     const Tensor hidden = model_.forward(tokens.narrow(1, 0, length), forward);
     const Tensor targets = tokens.narrow(1, 1, length).reshape({-1});
     const Tensor loss =
@@ -80,7 +82,7 @@ class Stepper {
 
  private:
   Llama& model_;
-  bool training_;
+  bool training_, recompute_;
   std::optional<AdamW> optimizer_;
 };
 
@@ -155,7 +157,7 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
   std::vector<Form> forms(options.forms.begin(), options.forms.end());
   const auto count = static_cast<std::int64_t>(forms.size());
   const Json active = activity(model, batches.front());
-  Stepper step(model, options.training);
+  Stepper step(model, options.training, options.recompute);
   const Timer timer(device, /*flush=*/false);
 
   double loss_difference = 0;
@@ -186,6 +188,7 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
   const std::int64_t windows = batches.front().size(0), length = batches.front().size(1) - 1;
   const auto tokens = static_cast<double>(windows * length);
   Json result = {{"mode", options.training ? "train" : "forward"},
+                 {"checkpoint_activations", options.recompute},
                  {"batch", windows},
                  {"tokens", length},
                  {"parameters", model.parameter_count()},
