@@ -32,7 +32,7 @@ def draw_loss(report: dict) -> str:
     axes.margins(x=0)
     label(axes, "minutes of training", "loss, nats per token")
     legend(axes, loc="upper right")
-    return standalone(figure, "Loss over wall time, dense and sparse")
+    return standalone(figure, TEXTS["run-loss"])
 
 
 def draw_active(report: dict) -> str:
@@ -49,7 +49,7 @@ def draw_active(report: dict) -> str:
     axes.yaxis.set_minor_locator(NullLocator())
     label(axes, "minutes of training", "active neurons per token, sparse run")
     legend(axes, loc="upper right", ncols=2)
-    return standalone(figure, "Active neurons per layer over time")
+    return standalone(figure, TEXTS["run-active"])
 
 
 def draw_speed(report: dict) -> str:
@@ -62,10 +62,15 @@ def draw_speed(report: dict) -> str:
     axes.set_ylim(bottom=0)
     label(axes, "minutes of training", "thousand tokens per second")
     legend(axes, loc="lower right")
-    return standalone(figure, "Training speed over time, dense and sparse")
+    return standalone(figure, TEXTS["run-speed"])
 
 
 PICTURES = {"run-loss": draw_loss, "run-active": draw_active, "run-speed": draw_speed}
+TEXTS = {
+    "run-loss": "Loss over wall time, dense and sparse",
+    "run-active": "Active neurons per layer over time",
+    "run-speed": "Training speed over time, dense and sparse",
+}
 
 
 def section(report: dict, file: str) -> str:
@@ -114,7 +119,7 @@ def section(report: dict, file: str) -> str:
             f" one's, in {both['time_ratio']:.2f} of its time; within 2% of the dense run's last"
             f" held-out loss: {when}.",
             "\n".join(table),
-            "\n".join(f"![](pictures/{name}.svg)" for name in PICTURES),
+            "\n".join(f"![{text}](pictures/{name}.svg)" for name, text in TEXTS.items()),
             f"Time is that of steps: no evaluation, no checkpoint. PyTorch {machine['torch']},"
             f" driver {machine['driver']}, commit {machine['commit']}. Data: [{file}](../{file});"
             " `bench/train_run.py` takes it.",

@@ -443,7 +443,7 @@ TEST_F(Training, NoStepWaitsForTheDevice) {
       train(r);
       return counter.count();
     };
-    EXPECT_EQ(waits(60), waits(20)) << ffn;
+    EXPECT_EQ(waits(40), waits(20)) << ffn;
   }
 }
 
@@ -476,7 +476,7 @@ TEST_F(Training, NoStepWaitsForTheGpu) {
       EXPECT_GT(warnings.count, 0);  // of evaluating and saving
       return warnings.count.load();
     };
-    EXPECT_EQ(waits(60), waits(20)) << ffn;
+    EXPECT_EQ(waits(40), waits(20)) << ffn;
   }
 }
 #endif
