@@ -17,7 +17,8 @@ Readback::Readback(const torch::Tensor& values) {
     host_ = wide.clone();
     return;
   }
-  host_ = wide.to(torch::kCPU, /*non_blocking=*/true);  // PyTorch pins what it copies so
+  host_ = torch::empty(wide.sizes(), torch::TensorOptions(torch::kFloat64).pinned_memory(true));
+  host_.copy_(wide, /*non_blocking=*/true);
   const c10::impl::VirtualGuardImpl guard(wide.device().type());
   done_ = std::make_shared<c10::Event>(wide.device().type());
   done_->record(guard.getStream(wide.device()));
