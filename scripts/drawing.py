@@ -71,3 +71,11 @@ def to_svg(figure, name: str) -> str:
     for role, stand_in in STAND_INS.items():
         svg = svg.replace(stand_in, f"var(--{role})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(name)}" ', 1)
+
+
+def standalone(figure, name: str) -> str:
+    """The figure as an SVG file. An image has no page around it: it brings colours and ground."""
+    svg = to_svg(figure, name)
+    end = svg.index(">") + 1
+    ground = '<rect width="100%" height="100%" rx="8" fill="var(--paper)"/>'
+    return f"{svg[:end]}<style>{css_variables()}</style>{ground}{svg[end:]}"

@@ -2,7 +2,8 @@
 
 usage: figures.py [--check]
 
-Writes README.md's table (between its `figures` marks), docs/benchmarks.md and docs/pictures/*.svg.
+Writes README.md's table and docs/training.md's run (between their `figures` marks),
+docs/benchmarks.md and docs/pictures/*.svg.
 With --check it writes nothing and fails if any of them is not what it would write.
 """
 
@@ -11,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from drawing import STAND_INS, css_variables, label, new_figure, to_svg
+import run_figures
+from drawing import STAND_INS, label, new_figure, standalone
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
@@ -49,6 +51,15 @@ def reports() -> list[dict]:
 
 def gpu_reports() -> list[dict]:
     return [load(path) for path in sorted(RESULTS.glob("*/ffn_forward.json"))]
+
+
+def model_reports() -> list[dict]:
+    return [load(path) for path in sorted(RESULTS.glob("*/model.json"))]
+
+
+def training_runs() -> list[dict]:
+    runs = [load(path) for path in sorted(RESULTS.glob("*/train_run.json"))]
+    return [run for run in runs if run["complete"]]
 
 
 def pattern(row: dict) -> str:
@@ -116,6 +127,39 @@ def gpu_line(report: dict) -> str:
     )
 
 
+def model_table(rows: list[dict]) -> str:
+    def per_token(row, form):
+        energy = row["energy_mj_per_token"][form]
+        return "–" if energy is None else f"{energy:.3f}"
+
+    lines = [
+        "| layers | job | activity | dense | twell | speed-up | peak memory | mJ per token |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        job = "forward" if row["mode"] == "forward" else "training step"
+        job += f", {row['batch']}×{row['tokens']}"
+        job += ", checkpointing" if row["checkpoint_activations"] else ""
+        active = sum(row["active_per_layer"]) / len(row["active_per_layer"])
+        peak = [row["peak_bytes"][form] / 1e9 for form in ("dense", "twell")]
+        lines.append(
+            f"| {row['layers']} | {job} | {row['source']}, {active:.0f} active |"
+            f" {row['dense_ms']:.1f} ms | {row['twell_ms']:.1f} ms | **{row['ratio']:.2f}×** |"
+            f" {peak[0]:.1f} → {peak[1]:.1f} GB |"
+            f" {per_token(row, 'dense')} → {per_token(row, 'twell')} |"
+        )
+    return "\n".join(lines)
+
+
+def model_line(report: dict) -> str:
+    machine, file = report["machine"], report["path"].relative_to(ROOT)
+    return (
+        f"Whole models, {report['results'][0]['hidden']} wide, on one {machine['gpu']} (driver"
+        f" {machine['driver']}), PyTorch {machine['torch']}, commit {machine['commit']}; medians,"
+        f" same process, equal loss in every round. Data: [{file}](../{file})."
+    )
+
+
 def headline_rows(report: dict) -> list[dict]:
     rows = reversed(report["results"])  # of equals, the first counts
     found = {(row["case"], row["tokens"], row["ffn_kind"]): row for row in rows}
@@ -150,11 +194,7 @@ def draw_speedup(report: dict) -> str:
     axes.set_xticks([1], ["PyTorch's dense FFN"])
     axes.spines["bottom"].set_visible(False)
     label(axes, y="speed-up of one feed-forward block")
-    svg = to_svg(figure, "Speed-up of one feed-forward block over PyTorch's dense one")
-    # An image has no page around it: it brings its own colours and ground.
-    end = svg.index(">") + 1
-    ground = '<rect width="100%" height="100%" rx="8" fill="var(--paper)"/>'
-    return f"{svg[:end]}<style>{css_variables()}</style>{ground}{svg[end:]}"
+    return standalone(figure, "Speed-up of one feed-forward block over PyTorch's dense one")
 
 
 def readme_block(all_reports: list[dict]) -> str:
@@ -188,23 +228,40 @@ def benchmarks_page(all_reports: list[dict]) -> str:
     for gpu in gpu_reports():
         line = gpu_line(gpu).replace("](bench/", "](../bench/")
         parts.append(f"\n## {gpu['device']}\n\n{line}\n\n{gpu_table(gpu['results'])}\n")
+    for report in model_reports():
+        parts.append(
+            f"\n## Whole models, {report['machine']['gpu']}\n\n{model_line(report)}\n\n"
+            f"{model_table(report['results'])}\n"
+        )
     return "".join(parts)
+
+
+def marked(path: Path, block: str) -> str:
+    """The file's text with `block` between its marks."""
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        sys.exit(f"twell: {path} lacks the marks {BEGIN} and {END}")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    return before + block + after
 
 
 def outputs() -> dict[Path, str]:
     """Every generated file and its text."""
-    all_reports = reports()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        sys.exit(f"twell: {readme} lacks the marks {BEGIN} and {END}")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    all_reports, runs = reports(), training_runs()
+    readme, training = ROOT / "README.md", ROOT / "docs/training.md"
+    sections = [
+        run_figures.section(run, str(run["path"].relative_to(ROOT))) + "\n\n" for run in runs[:1]
+    ]
     texts = {
-        readme: before + readme_block(all_reports) + after,
+        readme: marked(readme, readme_block(all_reports)),
         ROOT / "docs/benchmarks.md": benchmarks_page(all_reports),
+        training: marked(training, f"{BEGIN}\n\n{''.join(sections)}{END}"),
     }
+    pictures = ROOT / "docs/pictures"
     if all_reports:
-        texts[ROOT / "docs/pictures/ffn-cpu.svg"] = draw_speedup(all_reports[0])
+        texts[pictures / "ffn-cpu.svg"] = draw_speedup(all_reports[0])
+    for run in runs[:1]:
+        texts |= {pictures / f"{name}.svg": d(run) for name, d in run_figures.PICTURES.items()}
     return texts
 
 

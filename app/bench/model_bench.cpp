@@ -33,8 +33,7 @@ double seconds_since(Clock::time_point start) {
 }
 
 struct Step {
-  Tensor loss;  // on the device
-  double gradient_norm = 0;
+  Tensor loss, gradient_norm;  // on the device
   std::vector<FfnPath> paths;
 };
 
@@ -51,7 +50,8 @@ struct Form {
 
 class Stepper {
  public:
-  Stepper(Llama& model, bool training) : model_(model), training_(training) {
+  Stepper(Llama& model, bool training, bool recompute)
+      : model_(model), training_(training), recompute_(recompute) {
     for (auto& [name, value] : model_.parameters()) value.requires_grad_(training);
     if (training) optimizer_.emplace(model_.parameters(), AdamWOptions{});
   }
@@ -64,11 +64,12 @@ class Stepper {
     forward.ffn = mode;
     forward.ffn_outputs = &ffns;
     forward.counts = training_ ? FfnCounts::kL1 : FfnCounts::kNone;
+    forward.recompute = recompute_;
     const Tensor hidden = model_.forward(tokens.narrow(1, 0, length), forward);
     const Tensor targets = tokens.narrow(1, 1, length).reshape({-1});
     const Tensor loss =
         linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model_.head(), targets);
-    Step step{loss.detach(), 0, {}};
+    Step step{loss.detach(), {}, {}};
     for (const FfnOutput& ffn : ffns) step.paths.push_back(ffn.path);
     if (!training_) return step;
     Tensor l1 = torch::zeros({}, loss.options());
@@ -81,7 +82,7 @@ class Stepper {
 
  private:
   Llama& model_;
-  bool training_;
+  bool training_, recompute_;
   std::optional<AdamW> optimizer_;
 };
 
@@ -103,10 +104,13 @@ double check_alike(const std::vector<Form>& forms, bool training) {
                   " ones on the same batch; they must be equal within 0.2%");
     }
     most = std::max(most, difference);
-    if (training && !(apart(form.last.gradient_norm, first.gradient_norm) <= kNormTolerance)) {
-      throw Error("the gradient's norm is " + std::to_string(form.last.gradient_norm) + " with " +
-                  form.name + " blocks and " + std::to_string(first.gradient_norm) + " with " +
-                  forms.front().name + " ones on the same batch; they must be equal within 5%");
+    if (!training) continue;
+    const double norm = form.last.gradient_norm.item<double>();
+    const double first_norm = first.gradient_norm.item<double>();
+    if (!(apart(norm, first_norm) <= kNormTolerance)) {
+      throw Error("the gradient's norm is " + std::to_string(norm) + " with " + form.name +
+                  " blocks and " + std::to_string(first_norm) + " with " + forms.front().name +
+                  " ones on the same batch; they must be equal within 5%");
     }
   }
   return most;
@@ -153,7 +157,7 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
   std::vector<Form> forms(options.forms.begin(), options.forms.end());
   const auto count = static_cast<std::int64_t>(forms.size());
   const Json active = activity(model, batches.front());
-  Stepper step(model, options.training);
+  Stepper step(model, options.training, options.recompute);
   const Timer timer(device, /*flush=*/false);
 
   double loss_difference = 0;
@@ -184,6 +188,7 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
   const std::int64_t windows = batches.front().size(0), length = batches.front().size(1) - 1;
   const auto tokens = static_cast<double>(windows * length);
   Json result = {{"mode", options.training ? "train" : "forward"},
+                 {"checkpoint_activations", options.recompute},
                  {"batch", windows},
                  {"tokens", length},
                  {"parameters", model.parameter_count()},
@@ -201,7 +206,8 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
         {"p10", quantile(form.ms, 0.1)}, {"median", median}, {"p90", quantile(form.ms, 0.9)}};
     result["tokens_per_second"][form.name] = tokens / median * 1000;
     result["loss"][form.name] = form.last.loss.item<double>();
-    result["gradient_norm"][form.name] = options.training ? Json(form.last.gradient_norm) : Json();
+    result["gradient_norm"][form.name] =
+        options.training ? Json(form.last.gradient_norm.item<double>()) : Json();
     result["peak_bytes"][form.name] = nullable(form.peak);
     result["energy_mj_per_token"][form.name] =
         form.joules ? Json(*form.joules / tokens * 1000) : Json();

@@ -13,7 +13,8 @@
 namespace twell::app {
 
 struct ModelBenchOptions {
-  bool training = false;                                         // else forward alone
+  bool training = false;   // else forward alone
+  bool recompute = false;  // training keeps only the layers' inputs for backward
   std::vector<FfnMode> forms{FfnMode::kDense, FfnMode::kTwell};  // different ones
   double seconds = 8;                                            // of timing, about
   std::function<void(double done)> progress{};                   // in [0, 1]
@@ -31,7 +32,8 @@ struct ModelBenchOptions {
 //
 // Memory is the peak of one step in each form (app/bench/peak_memory.h), energy that of steps for
 // at least 5 s (app/bench/energy.h); null where unknown, for energy with the reason. Fields: mode,
-// batch, tokens (of a window), parameters, layers, hidden, neurons, heads, kv_heads, vocabulary;
+// checkpoint_activations, batch, tokens (of a window), parameters, layers, hidden, neurons, heads,
+// kv_heads, vocabulary;
 // for each form FORM_ms; ratio, of the first form's time to the last one's; spread_ms,
 // tokens_per_second, loss, gradient_norm, peak_bytes, energy_mj_per_token and ffn_per_layer by
 // form; energy_missing; active_per_layer, loss_difference (greatest, relative), rounds.

@@ -171,6 +171,9 @@ void run_bench_model(const CLI::App& command, BenchModelFlags flags) {
   const torch::Device device = flags.run.start();
   keep_freed_memory();
   flags.bench.training = flags.mode == "train";
+  if (flags.bench.recompute && !flags.bench.training) {
+    throw Error("--checkpoint-activations goes with --mode train only");
+  }
   flags.bench.forms.clear();
   for (const std::string& form : flags.forms) flags.bench.forms.push_back(parse_ffn_mode(form));
   Subject subject =
@@ -222,6 +225,8 @@ void add_bench_model_command(CLI::App& bench) {
   command.add_option("--mode", flags->mode, "forward (loss included) or train (AdamW included)")
       ->check(CLI::IsMember({"forward", "train"}))
       ->capture_default_str();
+  command.add_flag("--checkpoint-activations", flags->bench.recompute,
+                   "Keep only each layer's input for backward and compute the layer again there");
   size("--batch", flags->batch, "Windows of a step");
   size("--tokens", flags->tokens, "Tokens of a window");
   command

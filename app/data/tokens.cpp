@@ -1,13 +1,18 @@
 #include "app/data/tokens.h"
 
+#include <ATen/Parallel.h>
+
+#include <atomic>
 #include <cmath>
+#include <string>
+#include <utility>
 
 #include "app/error.h"
 
 namespace twell::app {
 namespace {
 
-constexpr uint64_t kProgressBytes = 1 << 20;
+constexpr uint64_t kBatchBytes = 16 << 20;  // of text that is tokenized at a time
 
 // The finalizer of SplitMix64: a bijection that mixes all bits.
 uint64_t mix(uint64_t x) {
@@ -46,6 +51,20 @@ TokenStream take_tail(TokenStream& from, double fraction, int64_t id_limit) {
   tail.append(ids);
   from.truncate(from.size() - count);
   return tail;
+}
+
+// The ids of each of `texts`, by all threads; each takes the next text when it is done with one.
+std::vector<std::vector<int64_t>> encode_documents(const Tokenizer& tokenizer,
+                                                   const std::vector<std::string>& texts,
+                                                   int64_t separator) {
+  std::vector<std::vector<int64_t>> ids(texts.size());
+  std::atomic<size_t> next = 0;
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i < texts.size(); i = next++) {
+      ids[i] = encode_document(tokenizer, texts[i], separator);
+    }
+  });
+  return ids;
 }
 
 }  // namespace
@@ -102,20 +121,26 @@ Corpus tokenize_corpus(const std::vector<std::filesystem::path>& paths, const To
   }
   const int64_t id_limit = tokenizer.id_limit();
   Corpus corpus{.train = TokenStream(id_limit), .heldout = TokenStream(id_limit), .report = {}};
-  uint64_t bytes = 0;
-  uint64_t next_report = 0;
-  corpus.report = read_documents(paths, options, [&](const Document& document) {
-    const bool heldout = is_heldout(document.text, heldout_fraction);
-    (heldout ? corpus.heldout : corpus.train)
-        .append(encode_document(tokenizer, document.text, separator));
-    (heldout ? corpus.heldout_documents : corpus.train_documents) += 1;
-    (heldout ? corpus.heldout_bytes : corpus.train_bytes) += document.text.size();
-    bytes += document.text.size();
-    if (progress && bytes >= next_report) {
-      progress(bytes);
-      next_report = bytes + kProgressBytes;
+  std::vector<std::string> batch;
+  uint64_t bytes = 0, bytes_before = 0;
+  const auto flush = [&] {
+    const auto ids = encode_documents(tokenizer, batch, separator);
+    for (size_t i = 0; i < batch.size(); ++i) {
+      const bool heldout = is_heldout(batch[i], heldout_fraction);
+      (heldout ? corpus.heldout : corpus.train).append(ids[i]);
+      (heldout ? corpus.heldout_documents : corpus.train_documents) += 1;
+      (heldout ? corpus.heldout_bytes : corpus.train_bytes) += batch[i].size();
     }
+    batch.clear();
+    bytes_before = bytes;
+    if (progress) progress(bytes);
+  };
+  corpus.report = read_documents(paths, options, [&](Document document) {
+    bytes += document.text.size();
+    batch.push_back(std::move(document.text));
+    if (bytes - bytes_before >= kBatchBytes) flush();
   });
+  flush();
   const bool one_sided = corpus.train_documents == 0 || corpus.heldout_documents == 0;
   if (heldout_fraction > 0 && one_sided) {
     if (corpus.train_documents == 0) {

@@ -2,7 +2,10 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "app/error.h"
 
@@ -146,14 +149,21 @@ Tensor silu_ffn(const Tensor& x, const FfnWeights& weights) {
   return torch::matmul(h, weights.down);
 }
 
-FfnDensity measure_density(const Tensor& x, const Tensor& gate) {
+Readback measure_density(const Tensor& x, const Tensor& gate) {
+  constexpr int64_t kTile = 128, kMostTiles = 4, kShare = 8;
   const torch::NoGradGuard no_grad;
-  const int64_t tokens = std::min<int64_t>(128, x.size(0));
+  const int64_t tokens = x.size(0);
   if (tokens == 0) return {};
-  const Tensor tile = x.narrow(0, (x.size(0) - tokens) / 2, tokens);
-  const Tensor active = torch::mm(tile, gate.t()).gt(0);  // [tokens, neurons]
-  return {active.sum().item<double>() / static_cast<double>(tokens),
-          active.any(0).sum().item<double>()};
+  const int64_t tile = std::min(kTile, tokens);
+  const int64_t count = std::clamp<int64_t>(tokens / (kShare * tile), 1, kMostTiles);
+  std::vector<Tensor> tiles;
+  for (int64_t i = 0; i < count; ++i) {  // in the middle of each part of the tokens
+    tiles.push_back(x.narrow(0, (tokens * (2 * i + 1) / count - tile) / 2, tile));
+  }
+  const Tensor rows = count == 1 ? tiles[0] : torch::cat(tiles);  // [count * tile, hidden]
+  const Tensor active = torch::mm(rows, gate.t()).gt(0).view({count, tile, gate.size(0)});
+  return Readback(torch::stack({active.sum().to(torch::kFloat64) / (count * tile),
+                                active.any(1).sum().to(torch::kFloat64) / count}));
 }
 
 FfnPlan plan_for(const Tensor& x, int64_t neurons, FfnPath path, bool training,
@@ -168,20 +178,27 @@ FfnPlan plan_for(const Tensor& x, int64_t neurons, FfnPath path, bool training,
 
 void FfnChooser::observe(const Tensor& x, const FfnWeights& weights, FfnMode mode) {
   if (mode != FfnMode::kAuto || calls++ % kInterval != 0) return;
-  const FfnDensity now = measure_density(x, weights.gate);
-  if (density.active < 0) {
-    density = now;
-  } else if (now.active >= 0) {
-    density.active = kMemory * density.active + (1 - kMemory) * now.active;
-    density.tile_union = kMemory * density.tile_union + (1 - kMemory) * now.tile_union;
-  }
+  const auto take = [this](double memory) {
+    if (!measured.defined()) return;
+    const std::vector<double> now = std::exchange(measured, {}).values();
+    density.active = memory * density.active + (1 - memory) * now[0];
+    density.tile_union = memory * density.tile_union + (1 - memory) * now[1];
+  };
+  take(kMemory);
+  measured = measure_density(x, weights.gate);
+  if (density.active < 0) take(0);
 }
 
 FfnPath FfnChooser::choose(const Tensor& x, const FfnWeights& weights, FfnMode mode,
-                           bool training) const {
+                           bool training) {
   if (mode == FfnMode::kDense) return FfnPath::kDense;
   if (mode == FfnMode::kTwell) return FfnPath::kSparse;
-  return plan_for(x, weights.gate.size(0), FfnPath::kAuto, training, density).path;
+  const FfnPlan plan = plan_for(x, weights.gate.size(0), FfnPath::kAuto, training, density);
+  if (density.active < 0) return plan.path;
+  const double margin = sparse ? 0 : kMargin;
+  sparse = plan.path == FfnPath::kSparse &&
+           plan.predicted_sparse_ms * (1 + margin) <= plan.predicted_dense_ms;
+  return sparse ? FfnPath::kSparse : FfnPath::kDense;
 }
 
 }  // namespace twell::app

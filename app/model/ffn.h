@@ -8,6 +8,7 @@
 #include <string>
 
 #include "app/model/gated_relu.h"
+#include "app/util/transfer.h"
 #include "twell/ffn.h"
 
 namespace twell::app {
@@ -42,35 +43,41 @@ FfnOutput relu_ffn(const torch::Tensor& x, const FfnWeights& weights, FfnPath pa
 // silu(x Gᵀ) ⊙ (x Uᵀ) D, dense, with nothing counted: for checkpoints that are not sparse.
 torch::Tensor silu_ffn(const torch::Tensor& x, const FfnWeights& weights);
 
-// A tile of tokens measured: its mean number of active neurons and the size of their union.
+// How many neurons are active: on the mean for a token, and for any token of a tile of 128.
 struct FfnDensity {
-  double active = -1;  // < 0: not measured
+  double active = -1;  // < 0: not known
   double tile_union = -1;
 };
 
-// Measures at most 128 consecutive tokens from the middle of x, by one small dense product.
-FfnDensity measure_density(const torch::Tensor& x, const torch::Tensor& gate);
+// Queues the measurement of up to four tiles of consecutive tokens, evenly spread over x [tokens,
+// hidden], by one small dense product: at most an eighth of the tokens, but one tile at least. The
+// numbers are those of an FfnDensity; undefined without tokens.
+Readback measure_density(const torch::Tensor& x, const torch::Tensor& gate);
 
 // The planner's advice for x [tokens, hidden] and a gated block with `neurons` neurons at that
 // density. Throws Error by name for what twell does not support.
 FfnPlan plan_for(const torch::Tensor& x, int64_t neurons, FfnPath path, bool training,
                  const FfnDensity& density);
 
-// One layer's choice in FfnMode::kAuto. It measures a tile every kInterval observations, keeps a
-// running mean and asks the planner. Plain state, stored in training checkpoints so that a resumed
-// run chooses alike.
+// One layer's choice in FfnMode::kAuto. It measures every kInterval observations, keeps a running
+// mean and asks the planner. A measurement counts from the one after it on: by then it has long
+// reached the host, so that nothing waits for the device, and the choice depends on no timing. The
+// very first is waited for. Plain state, stored in training checkpoints so that a resumed run
+// chooses alike.
 struct FfnChooser {
-  static constexpr int64_t kInterval = 16;  // a tile costs less than 1/100 of such a stretch
-  static constexpr double kMemory = 0.75;   // weight of the past in the running mean
+  static constexpr int64_t kInterval = 16;  // a measurement costs under 1/100 of such a stretch
+  static constexpr double kMemory = 0.5;    // weight of the past in the running mean
+  static constexpr double kMargin = 0.05;   // what sparse must gain before a layer leaves dense
 
   int64_t calls = 0;
   FfnDensity density;
+  Readback measured;    // not yet part of `density`
+  bool sparse = false;  // the last choice, kept as long as it is not predicted to lose
 
-  // Measures now and then, in FfnMode::kAuto; waits for the device when it does.
+  // Measures now and then, in FfnMode::kAuto.
   void observe(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode);
   // The path for x [tokens, hidden], for the density observed so far; host work only.
-  FfnPath choose(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode,
-                 bool training) const;
+  FfnPath choose(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode, bool training);
 };
 
 }  // namespace twell::app

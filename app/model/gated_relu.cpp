@@ -134,7 +134,7 @@ GatedReluGradients gated_relu_backward(const Tensor& grad_h, const Tensor& grad_
   const uint16_t* const s = bits(grad_h);
   const uint16_t* const g = bits(gate);
   const uint16_t* const u = bits(up);
-  const auto l1 = grad_l1.defined() ? grad_l1.item<float>() : 0.0f;
+  const float l1 = grad_l1.defined() ? *grad_l1.to(torch::kFloat32).const_data_ptr<float>() : 0.0f;
   at::parallel_for(0, gate.size(0), 16, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t at = row * neurons;

@@ -11,13 +11,29 @@ namespace twell::app {
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(L1Controller, target, initial, warmup, arrival, lambda, active,
                                    departure, error)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(FfnDensity, active, tile_union)
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(FfnChooser, calls, density)
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, controller, choosers,
-                                   revived, corpus_hash)
+
+static void to_json(nlohmann::json& json, const FfnChooser& chooser) {
+  const Readback& measured = chooser.measured;
+  json = {{"calls", chooser.calls},
+          {"density", chooser.density},
+          {"sparse", chooser.sparse},
+          {"measured", measured.defined() ? measured.values() : std::vector<double>()}};
+}
+
+static void from_json(const nlohmann::json& json, FfnChooser& chooser) {
+  json.at("calls").get_to(chooser.calls);
+  json.at("density").get_to(chooser.density);
+  json.at("sparse").get_to(chooser.sparse);
+  const auto measured = json.at("measured").get<std::vector<double>>();
+  chooser.measured = measured.empty() ? Readback() : Readback(measured);
+}
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, step_seconds, figures,
+                                   controller, choosers, revived, corpus_hash)
 
 namespace {
 
-constexpr const char* kFormat = "twell-training-2";
+constexpr const char* kFormat = "twell-training-3";
 
 std::map<std::string, torch::Tensor> all_tensors(const Llama& model, const AdamW& optimizer,
                                                  const Revival& revival) {

@@ -17,8 +17,10 @@ namespace twell::app {
 
 struct TrainingState {
   TrainOptions options;
-  int64_t step = 0;    // steps done
-  double seconds = 0;  // spent until then
+  int64_t step = 0;             // steps done
+  double seconds = 0;           // spent until then
+  double step_seconds = 0;      // of them in steps
+  std::vector<double> figures;  // of the last step, which the controller has not seen yet
   L1Controller controller;
   std::vector<FfnChooser> choosers;
   int64_t revived = 0;       // neurons so far

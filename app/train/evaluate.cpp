@@ -6,6 +6,7 @@
 
 #include "app/error.h"
 #include "app/train/loss.h"
+#include "app/util/transfer.h"
 
 namespace twell::app {
 namespace {
@@ -44,13 +45,13 @@ Evaluation evaluate(Llama& model, const TokenStream& stream, const EvaluationOpt
   Evaluation result;
   std::vector<Tensor> activity(layers);
   std::vector<FfnOutput> outputs;
-  double sum = 0;
+  Tensor sum = torch::zeros({}, torch::TensorOptions(model.device()).dtype(torch::kFloat64));
   while (result.tokens < total) {
     const int64_t left = total - result.tokens;
     const int64_t length = std::min(options.context, left);
     const int64_t count = std::clamp<int64_t>(left / length, 1, options.batch);
-    const Tensor tokens = windows(stream, result.tokens, count, options.context, length)
-                              .to(model.device());  // [count, length + 1]
+    const Tensor tokens = upload(windows(stream, result.tokens, count, options.context, length),
+                                 model.device());  // [count, length + 1]
     ForwardOptions forward;
     forward.ffn = options.ffn;
     forward.ffn_outputs = &outputs;
@@ -59,7 +60,7 @@ Evaluation evaluate(Llama& model, const TokenStream& stream, const EvaluationOpt
     const Tensor targets = tokens.narrow(1, 1, length).reshape({-1});
     const Tensor loss =
         linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model.head(), targets);
-    sum += loss.item<double>() * static_cast<double>(targets.size(0));
+    sum += loss.to(torch::kFloat64) * targets.size(0);
     result.tokens += targets.size(0);
     result.paths.clear();
     for (size_t layer = 0; layer < outputs.size(); ++layer) {
@@ -71,7 +72,7 @@ Evaluation evaluate(Llama& model, const TokenStream& stream, const EvaluationOpt
       options.progress(static_cast<double>(result.tokens) / static_cast<double>(total));
     }
   }
-  result.loss = sum / static_cast<double>(result.tokens);
+  result.loss = sum.item<double>() / static_cast<double>(result.tokens);
   for (const Tensor& counts : activity) {
     if (!counts.defined()) continue;
     result.layers.push_back({counts.sum().item<double>() / static_cast<double>(result.tokens),

@@ -9,7 +9,9 @@ using torch::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr int64_t kChunk = 512;  // tokens whose logits are alive at once
+// Tokens whose logits are alive at once. A chunk adds a gradient as large as the head, in float32:
+// that costs a GPU about as much as a product over 500 tokens.
+constexpr int64_t kChunk = 512, kCudaChunk = 4096;
 
 struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head,
@@ -22,8 +24,9 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
       grad_head = torch::zeros_like(head, wide);
     }
     Tensor sum = torch::zeros({}, hidden.options().dtype(torch::kFloat64));
-    for (int64_t first = 0; first < tokens; first += kChunk) {
-      const int64_t count = std::min(kChunk, tokens - first);
+    const int64_t chunk = hidden.is_cuda() ? kCudaChunk : kChunk;
+    for (int64_t first = 0; first < tokens; first += chunk) {
+      const int64_t count = std::min(chunk, tokens - first);
       const Tensor part = hidden.narrow(0, first, count);
       const Tensor target = targets.narrow(0, first, count).unsqueeze(1);
       Tensor log_p = torch::log_softmax(torch::mm(part, head.t()).to(wide), 1);  // [count, vocab]

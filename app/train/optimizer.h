@@ -23,8 +23,9 @@ class AdamW {
   AdamW(const std::map<std::string, torch::Tensor>& parameters, const AdamWOptions& options);
 
   // Clips the gradients, updates every parameter and drops the gradients. Returns the gradient's
-  // global norm before clipping; if that is not finite nothing is updated.
-  double step(double learning_rate);
+  // global norm before clipping, a scalar on the parameters' device that nobody has waited for; if
+  // it is not finite nothing is updated.
+  torch::Tensor step(double learning_rate);
 
   // Zeroes the moments of the slices `rows` (int64) along the first dimension of the parameter
   // `name`.
@@ -38,12 +39,13 @@ class AdamW {
  private:
   struct Group {
     double weight_decay;
-    std::vector<torch::Tensor> parameters, m, v, steps;
+    std::vector<torch::Tensor> parameters, m, v;
     std::vector<std::string> names;
   };
   AdamWOptions options_;
   std::vector<Group> groups_;
   int64_t steps_ = 0;
+  torch::Tensor step_count_;  // steps_, where the fused kernel reads it: beside the parameters
 };
 
 }  // namespace twell::app

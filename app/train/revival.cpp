@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <algorithm>
 #include <string>
 
 namespace twell::app {
@@ -20,7 +21,8 @@ std::vector<int64_t> Revival::step(int64_t step, const std::vector<Tensor>& acti
   if (after_ == 0) return revived;
   const torch::NoGradGuard no_grad;
   idle_.add_(1).mul_(torch::stack(activity).eq(0));
-  if (step < next_check_) return revived;  // the device is not asked before there can be any
+  // The device is not asked before there can be any, nor in every step.
+  if (step < next_check_ || step % std::max<int64_t>(1, after_ / 16) != 0) return revived;
   // Drawn on the CPU, so that all devices draw alike. An odd multiplier gives each step its own
   // seed; the golden ratio's spreads them.
   auto random = at::make_generator<at::CPUGeneratorImpl>(seed_ ^ static_cast<uint64_t>(step) *

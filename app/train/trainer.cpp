@@ -4,6 +4,8 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -21,12 +23,14 @@
 #include "app/util/atomic_file.h"
 #include "app/util/file.h"
 #include "app/util/progress.h"
+#include "app/util/transfer.h"
 
 namespace twell::app {
 namespace {
 
 using torch::Tensor;
 using Json = nlohmann::ordered_json;
+using Clock = std::chrono::steady_clock;
 namespace fs = std::filesystem;
 
 constexpr int64_t kFinalEvaluation = 8;  // the last evaluation takes so many times eval_tokens
@@ -133,13 +137,25 @@ void write_tokenizer(const fs::path& folder, const Tokenizer& tokenizer, const f
   write_file(folder / "tokenizer_config.json", config.dump(2) + "\n");
 }
 
-// Sums over the steps since the last line of metrics.
+// What a step tells of itself: cross entropy, mean Σ|h|, mean active neurons per token and layer,
+// norm of the gradient. The host learns of it while the next step runs on the device.
+enum Figure { kLoss, kL1, kActive, kGradientNorm, kFigures };
+
+// Sums over the steps since the last line of metrics; tensors on the device.
 struct Window {
-  double loss = 0, l1 = 0, gradient_norm = 0;
-  int64_t steps = 0, tokens = 0;
+  Tensor figures;                // float64 [kFigures]
   std::vector<Tensor> activity;  // per layer [neurons] int64
   std::vector<int64_t> revived;  // per layer
-  std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+  int64_t steps = 0, tokens = 0;
+  double seconds = 0;  // spent in the steps
+};
+
+// A line of metrics that lacks what is still on its way from the device: the window's figures,
+// then per layer the active (token, neuron) pairs, then per layer the silent neurons.
+struct Line {
+  Json json;
+  Readback sums;
+  int64_t steps = 0, tokens = 0;
 };
 
 // sum += value, where an undefined sum is zero.
@@ -153,7 +169,13 @@ class Trainer {
  private:
   Llama make_model(bool resume);
   void step();
+  void queue_step();
+  std::vector<double> figures_of(const Readback& figures, int64_t step) const;
+  void wait();  // for the last step
+  void add_step_seconds(Clock::time_point start);
   void log(bool evaluate_heldout);
+  void write_line();
+  std::string progress_text() const;
   Evaluation evaluate_heldout(int64_t tokens);
   void save();
   Json summary();
@@ -161,7 +183,7 @@ class Trainer {
   double progress() const;  // of the run, at the step that comes next
   bool finished() const;
 
-  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  const Clock::time_point start_ = Clock::now();
   fs::path folder_;
   torch::Device device_;
   TrainingState state_;
@@ -175,6 +197,9 @@ class Trainer {
   BatchSampler sampler_;
   Metrics metrics_;
   Window window_;
+  Readback figures_;            // of the step before
+  std::vector<double> landed_;  // of the one before that
+  std::optional<Line> line_;    // to be written
   double progress_ = 0;
   std::vector<FfnPath> paths_;
 };
@@ -226,6 +251,7 @@ Trainer::Trainer(const TrainRun& run)
                   " was written; a run can be resumed on the same data only");
     }
     read_checkpoint_tensors(folder_, state_, model_, optimizer_, revival_);
+    if (!state_.figures.empty()) figures_ = Readback(state_.figures);
   } else {
     state_.corpus_hash = hash;
     state_.controller.target =
@@ -264,8 +290,7 @@ Llama Trainer::make_model(bool resume) {
 }
 
 double Trainer::seconds() const {
-  return seconds_before_ +
-         std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  return seconds_before_ + std::chrono::duration<double>(Clock::now() - start_).count();
 }
 
 double Trainer::progress() const {
@@ -281,15 +306,50 @@ bool Trainer::finished() const {
 }
 
 void Trainer::step() {
+  const Clock::time_point start = Clock::now();
+  const Readback before = figures_;
+  queue_step();  // sets figures_
+  // Only now, with work for the device in the queue, the host waits for the step before.
+  if (before.defined()) landed_ = figures_of(before, state_.step - 1);
+  add_step_seconds(start);
+  write_line();
+  state_.seconds = seconds();
+  progress_ = progress();
+  if (before.defined()) state_.controller.update(landed_[kActive], progress_);
+}
+
+void Trainer::wait() {
+  const Clock::time_point start = Clock::now();
+  if (figures_.defined()) figures_of(figures_, state_.step);
+  add_step_seconds(start);
+}
+
+void Trainer::add_step_seconds(Clock::time_point start) {
+  const double spent = std::chrono::duration<double>(Clock::now() - start).count();
+  window_.seconds += spent;
+  state_.step_seconds += spent;
+}
+
+// The figures of a step, once they are there; Error if its gradient is not finite.
+std::vector<double> Trainer::figures_of(const Readback& figures, int64_t step) const {
+  std::vector<double> values = figures.values();
+  if (!std::isfinite(values[kGradientNorm])) {
+    throw Error("training diverged: the gradient of step " + std::to_string(step) +
+                " is not finite; start again with a lower --lr than " +
+                Json(state_.options.lr).dump());
+  }
+  return values;
+}
+
+void Trainer::queue_step() {
   const TrainOptions& o = state_.options;
   const auto layers = static_cast<size_t>(model_.config().num_hidden_layers);
-  const double parts = static_cast<double>(o.accumulate);
+  const int64_t rows = o.accumulate * o.batch * o.context;
   std::vector<Tensor> activity(layers);  // per layer [neurons] int64
-  // Over parts: cross entropy, mean Σ|h|, active (token, neuron) pairs. Read once, at the end.
-  Tensor totals = torch::zeros({3}, torch::TensorOptions(device_).dtype(torch::kFloat64));
-  int64_t rows = 0;
+  const auto wide = torch::TensorOptions(device_).dtype(torch::kFloat64);
+  Tensor figures = torch::zeros({kGradientNorm}, wide);
   for (int64_t part = 0; part < o.accumulate; ++part) {
-    const Tensor tokens = sampler_.batch(state_.step * o.accumulate + part).to(device_);
+    const Tensor tokens = upload(sampler_.batch(state_.step * o.accumulate + part), device_);
     const Tensor targets = tokens.narrow(1, 1, o.context).reshape({-1});
     std::vector<FfnOutput> ffns;
     ForwardOptions forward;
@@ -303,34 +363,27 @@ void Trainer::step() {
     for (const FfnOutput& ffn : ffns) l1 = l1 + ffn.l1;
     // The mean over layers and tokens of Σ|h|.
     l1 = l1 / (static_cast<double>(layers) * static_cast<double>(targets.size(0)));
-    ((loss + state_.controller.lambda * l1) / parts).backward();
+    const double lambda = state_.controller.lambda;
+    const Tensor objective = lambda > 0 ? loss + lambda * l1 : loss;  // 0: no gradient of Σ|h|
+    (objective / static_cast<double>(o.accumulate)).backward();
 
-    Tensor l0 = torch::zeros({}, totals.options());
+    Tensor l0 = torch::zeros({}, wide);
     paths_.clear();
     for (size_t layer = 0; layer < layers; ++layer) {
       add(activity[layer], ffns[layer].activity.to(torch::kInt64));
       l0 = l0 + ffns[layer].l0;
       paths_.push_back(ffns[layer].path);
     }
-    totals +=
-        torch::stack({loss.detach().to(torch::kFloat64), l1.detach().to(torch::kFloat64), l0});
-    rows += targets.size(0);
+    figures += torch::stack({loss.detach().to(torch::kFloat64) / o.accumulate,
+                             l1.detach().to(torch::kFloat64) / o.accumulate,
+                             l0 / (static_cast<double>(layers) * static_cast<double>(rows))});
   }
-  const double norm = optimizer_.step(o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor));
-  if (!std::isfinite(norm)) {
-    throw Error("training diverged: the gradient of step " + std::to_string(state_.step + 1) +
-                " is not finite; start again with a lower --lr than " + Json(o.lr).dump());
-  }
+  const Tensor norm = optimizer_.step(o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor));
+  figures = torch::cat({figures, norm.to(torch::kFloat64).reshape({1})});
+  figures_ = Readback(figures);
   ++state_.step;
   const std::vector<int64_t> revived = revival_.step(state_.step, activity, model_, optimizer_);
-  totals = totals.cpu();  // the step's only wait for the device but the gradient's norm
-  window_.loss += totals[0].item<double>() / parts;
-  window_.l1 += totals[1].item<double>() / parts;
-  const double active =
-      totals[2].item<double>() / (static_cast<double>(layers) * static_cast<double>(rows));
-  window_.tokens += rows;
-  window_.gradient_norm += norm;
-  ++window_.steps;
+  add(window_.figures, figures);
   window_.activity.resize(layers);
   window_.revived.resize(layers);
   for (size_t layer = 0; layer < layers; ++layer) {
@@ -338,9 +391,8 @@ void Trainer::step() {
     window_.revived[layer] += revived[layer];
     state_.revived += revived[layer];
   }
-  state_.seconds = seconds();
-  progress_ = progress();
-  state_.controller.update(active, progress_);
+  window_.tokens += rows;
+  ++window_.steps;
 }
 
 Evaluation Trainer::evaluate_heldout(int64_t tokens) {
@@ -359,43 +411,77 @@ Evaluation Trainer::evaluate_heldout(int64_t tokens) {
 
 void Trainer::log(bool with_heldout) {
   const TrainOptions& o = state_.options;
-  const auto neurons = static_cast<double>(model_.config().intermediate_size);
-  const double steps = static_cast<double>(window_.steps);
-  const double elapsed =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - window_.start).count();
-  Json active = Json::array(), silent = Json::array(), paths = Json::array();
-  double mean = 0;
-  for (size_t layer = 0; layer < window_.activity.size(); ++layer) {
-    const Tensor& counts = window_.activity[layer];
-    active.push_back(counts.sum().item<double>() / static_cast<double>(window_.tokens));
-    silent.push_back(counts.eq(0).sum().item<int64_t>());
-    paths.push_back(name_of(paths_[layer]));
-    mean += active.back().get<double>() / static_cast<double>(window_.activity.size());
-  }
-  Json line = {{"step", state_.step},
-               {"loss", window_.loss / steps},
-               {"l1", window_.l1 / steps},
-               {"active", mean},
-               {"share", mean / neurons},
-               {"active_per_layer", active},
-               {"silent_per_layer", silent},
-               {"revived_per_layer", window_.revived},
-               {"ffn_per_layer", paths},
-               {"lambda", state_.controller.lambda},
-               {"lr", o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor)},
-               {"gradient_norm", window_.gradient_norm / steps},
-               {"tokens", state_.step * o.batch * o.context * o.accumulate},
-               {"tokens_per_second", static_cast<double>(window_.tokens) / elapsed},
-               {"seconds", state_.seconds}};
-  if (with_heldout) line["heldout_loss"] = evaluate_heldout(o.eval_tokens).loss;
-  metrics_.write(line);
+  if (with_heldout) wait();
+  write_line();
+  line_.emplace();
+  line_->steps = window_.steps;
+  line_->tokens = window_.tokens;
+  const Tensor activity = torch::stack(window_.activity);  // [layers, neurons]
+  line_->sums = Readback(torch::cat({window_.figures, activity.sum(1).to(torch::kFloat64),
+                                     activity.eq(0).sum(1).to(torch::kFloat64)}));
+  Json paths = Json::array();
+  for (const FfnPath path : paths_) paths.push_back(name_of(path));
+  line_->json = {{"step", state_.step},
+                 {"loss", nullptr},
+                 {"l1", nullptr},
+                 {"active", nullptr},
+                 {"share", nullptr},
+                 {"active_per_layer", Json::array()},
+                 {"silent_per_layer", Json::array()},
+                 {"revived_per_layer", window_.revived},
+                 {"ffn_per_layer", paths},
+                 {"lambda", state_.controller.lambda},
+                 {"lr", o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor)},
+                 {"gradient_norm", nullptr},
+                 {"tokens", state_.step * o.batch * o.context * o.accumulate},
+                 {"tokens_per_second", static_cast<double>(window_.tokens) / window_.seconds},
+                 {"step_seconds", state_.step_seconds},
+                 {"seconds", state_.seconds}};
   window_ = Window();
+  if (with_heldout) line_->json["heldout_loss"] = evaluate_heldout(o.eval_tokens).loss;
+}
+
+void Trainer::write_line() {
+  if (!line_) return;
+  const std::vector<double> sums = line_->sums.values();
+  const double steps = static_cast<double>(line_->steps);
+  Json& json = line_->json;
+  json["loss"] = sums[kLoss] / steps;
+  json["l1"] = sums[kL1] / steps;
+  json["active"] = sums[kActive] / steps;
+  json["share"] = sums[kActive] / steps / static_cast<double>(model_.config().intermediate_size);
+  json["gradient_norm"] = sums[kGradientNorm] / steps;
+  const size_t layers = (sums.size() - kFigures) / 2;
+  for (size_t layer = 0; layer < layers; ++layer) {
+    const double pairs = sums[kFigures + layer];
+    json["active_per_layer"].push_back(pairs / static_cast<double>(line_->tokens));
+    json["silent_per_layer"].push_back(static_cast<int64_t>(sums[kFigures + layers + layer]));
+  }
+  metrics_.write(json);
+  line_.reset();
 }
 
 void Trainer::save() {
+  wait();
+  write_line();
   metrics_.flush_to_disk();
   state_.choosers = model_.choosers();
+  state_.figures = figures_.defined() ? figures_.values() : std::vector<double>();
   save_checkpoint(folder_, state_, model_, optimizer_, revival_);
+}
+
+std::string Trainer::progress_text() const {
+  char text[128];
+  if (landed_.empty()) {
+    std::snprintf(text, sizeof text, "step %lld", static_cast<long long>(state_.step));
+    return text;
+  }
+  const double share =
+      100 * state_.controller.active / static_cast<double>(model_.config().intermediate_size);
+  std::snprintf(text, sizeof text, "step %lld, loss %.3f, active %.1f (%.1f%%), %.0f tokens/s",
+                static_cast<long long>(state_.step), landed_[kLoss], state_.controller.active,
+                share, static_cast<double>(window_.tokens) / window_.seconds);
+  return text;
 }
 
 Json Trainer::run() {
@@ -407,15 +493,7 @@ Json Trainer::run() {
     while (!finished()) {
       step();
       const bool last = finished();
-      char text[128];
-      const double share =
-          100 * state_.controller.active / static_cast<double>(model_.config().intermediate_size);
-      const double elapsed =
-          std::chrono::duration<double>(std::chrono::steady_clock::now() - window_.start).count();
-      std::snprintf(text, sizeof text, "step %lld, loss %.3f, active %.1f (%.1f%%), %.0f tokens/s",
-                    static_cast<long long>(state_.step),
-                    window_.loss / static_cast<double>(window_.steps), state_.controller.active,
-                    share, static_cast<double>(window_.tokens) / elapsed);
+      const std::string text = progress_text();
       const bool heldout = state_.step % o.eval_every == 0 || last;
       if (heldout || state_.step % o.log_every == 0) log(heldout);
       if (state_.step % o.checkpoint_every == 0 || last) {

@@ -141,10 +141,23 @@ TEST(Density, CountsATile) {
   x[100][1] = 1;
   gate[9][1] = 2;  // and this one for one token
   gate[9][0] = -1;
-  const FfnDensity density = measure_density(x, gate);
-  EXPECT_DOUBLE_EQ(density.active, 127.0 / 128 + 1.0 / 128);  // token 100: 1 - 1 = 0 for neuron 7
-  EXPECT_DOUBLE_EQ(density.tile_union, 2);
-  EXPECT_LT(measure_density(x.slice(0, 0, 0), gate).active, 0);
+  const std::vector<double> density = measure_density(x, gate).values();
+  EXPECT_DOUBLE_EQ(density[0], 127.0 / 128 + 1.0 / 128);  // token 100: 1 - 1 = 0 for neuron 7
+  EXPECT_DOUBLE_EQ(density[1], 2);
+  EXPECT_FALSE(measure_density(x.slice(0, 0, 0), gate).defined());
+}
+
+TEST(Density, SpreadsItsTilesOverABatch) {
+  // Token i fires neuron i / 1024: the four quarters have nothing in common, a tile has one neuron.
+  const Tensor x = torch::zeros({4096, 64}), gate = torch::zeros({136, 64});
+  for (int64_t quarter = 0; quarter < 4; ++quarter) {
+    x.slice(0, 1024 * quarter, 1024 * (quarter + 1)).select(1, quarter).fill_(1);
+    gate[quarter][quarter] = 1;
+  }
+  gate[4][3] = 1;  // a second one in the last quarter
+  EXPECT_EQ(measure_density(x, gate).values(), (std::vector<double>{1.25, 1.25}));
+  const Tensor small = x.slice(0, 2048, 3071);  // of 1023 tokens a tile is more than an eighth
+  EXPECT_EQ(measure_density(small, gate).values(), (std::vector<double>{1, 1}));
 }
 
 TEST(Chooser, FollowsTheMode) {
@@ -170,6 +183,77 @@ TEST(Chooser, PicksDenseForDenseAndSparseForSparse) {
     EXPECT_EQ(path, sparse ? FfnPath::kSparse : FfnPath::kDense);
     EXPECT_DOUBLE_EQ(chooser.density.active, sparse ? 0 : 2048);
   }
+}
+
+// Blocks of 512 x 512 x 2048 in float32, in which `active` neurons fire for every token.
+struct Density {
+  explicit Density(int64_t active) : gate(torch::full({2048, 512}, -1.0f)) {
+    gate.narrow(0, 0, active).fill_(1);
+  }
+  FfnWeights weights() const { return {gate, gate, gate}; }
+
+  const Tensor x = torch::ones({512, 512});
+  Tensor gate;
+};
+
+TEST(Chooser, TakesAMeasurementWithTheOneAfterIt) {
+  const Density many(2000), few(0);
+  FfnChooser chooser;
+  const auto call = [](FfnChooser& c, const Density& d, int64_t times) {
+    for (int64_t i = 0; i < times; ++i) c.observe(d.x, d.weights(), FfnMode::kAuto);
+  };
+  call(chooser, many, FfnChooser::kInterval);  // the first counts at once
+  EXPECT_EQ(chooser.density.active, 2000);
+  call(chooser, few, FfnChooser::kInterval);
+  EXPECT_EQ(chooser.density.active, 2000);
+  ASSERT_TRUE(chooser.measured.defined());
+  EXPECT_EQ(chooser.measured.values(), (std::vector<double>{0, 0}));
+  // From a checkpoint: it goes on with what was under way.
+  FfnChooser resumed;
+  resumed.calls = chooser.calls;
+  resumed.density = chooser.density;
+  resumed.measured = Readback(chooser.measured.values());
+  for (FfnChooser* c : {&chooser, &resumed}) {
+    call(*c, many, 1);
+    EXPECT_EQ(c->density.active, 2000 * FfnChooser::kMemory);
+    EXPECT_EQ(c->density.tile_union, 2000 * FfnChooser::kMemory);
+    call(*c, many, FfnChooser::kInterval);
+    EXPECT_EQ(c->density.active, 2000 * (FfnChooser::kMemory * FfnChooser::kMemory + 0.5));
+  }
+}
+
+// Around the break-even it stays with what it has: dense until sparse gains kMargin, sparse until
+// it loses.
+TEST(Chooser, DoesNotFlipAtTheBreakEven) {
+  const Density block(0);
+  const auto ratio = [&](double active) {  // dense / sparse, as predicted
+    const FfnPlan plan = plan_for(block.x, 2048, FfnPath::kAuto, true, {active, active});
+    return plan.predicted_dense_ms / plan.predicted_sparse_ms;
+  };
+  ASSERT_GT(ratio(0), 1 + FfnChooser::kMargin);
+  ASSERT_LT(ratio(2048), 1);
+  const auto density_at = [&](double wanted) {  // by bisection: the ratio falls with the density
+    double low = 0, high = 2048;
+    for (int i = 0; i < 50; ++i) {
+      const double middle = (low + high) / 2;
+      (ratio(middle) > wanted ? low : high) = middle;
+    }
+    return low;
+  };
+  const double between = density_at(1 + FfnChooser::kMargin / 2);
+  ASSERT_GT(ratio(between), 1);
+  ASSERT_LT(ratio(between), 1 + FfnChooser::kMargin);
+  FfnChooser chooser;
+  const auto choose = [&](double active) {
+    chooser.density = {active, active};
+    return chooser.choose(block.x, block.weights(), FfnMode::kAuto, true);
+  };
+  EXPECT_EQ(choose(2048), FfnPath::kDense);
+  EXPECT_EQ(choose(between), FfnPath::kDense);
+  EXPECT_EQ(choose(density_at(1.2 + FfnChooser::kMargin)), FfnPath::kSparse);
+  EXPECT_EQ(choose(between), FfnPath::kSparse);
+  EXPECT_EQ(choose(density_at(0.99)), FfnPath::kDense);
+  EXPECT_EQ(choose(between), FfnPath::kDense);
 }
 
 TEST(Mode, IsParsedAndNamed) {

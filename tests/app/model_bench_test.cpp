@@ -9,6 +9,7 @@
 #include "app/bench/patterned_model.h"
 #include "app/bench/peak_memory.h"
 #include "app/bench/timer.h"
+#include "tests/app/call_counter.h"
 #include "tests/app/fixtures.h"
 
 namespace twell::app {
@@ -121,6 +122,27 @@ TEST(BenchModel, ComparesTheFormsOfAModel) {
                             .item<double>();
     EXPECT_NEAR(double{r["loss"]["twell"]}, loss, 5e-3 * loss);
   }
+}
+
+TEST(BenchModel, ComputesLayersAgainIfAsked) {
+  const auto patterns = two_patterns(0.1);
+  Llama model = patterned_model(small_config(), patterns, 3, torch::kCPU);
+  ModelBenchOptions options;
+  options.training = true;
+  options.seconds = 0;
+  std::vector<double> loss, passes;
+  for (const bool recompute : {false, true}) {
+    options.recompute = recompute;
+    const CallCounter attention({"aten::scaled_dot_product_attention"});
+    const auto r = bench_model(model, {patterned_tokens(32, 3, 33, 0)}, options);
+    EXPECT_EQ(r["checkpoint_activations"], recompute);
+    loss.push_back(r["loss"]["twell"]);
+    // In each step's layers; one pass more tells the activity, and one step each the peak memory.
+    const double steps = 2 * (double{r["rounds"]} + 2) + 2;
+    passes.push_back((static_cast<double>(attention.count()) - 3) / (3 * steps));
+  }
+  EXPECT_EQ(passes, (std::vector<double>{1, 2}));
+  EXPECT_NEAR(loss[0], loss[1], 1e-3 * loss[0]);  // the steps in between were tiny
 }
 
 TEST(BenchModel, RefusesModelsWithoutRelu) {

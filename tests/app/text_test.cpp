@@ -218,6 +218,27 @@ TEST_F(CorpusTest, KeepsTheTokenizersOwnEos) {
   EXPECT_EQ(corpus.train[corpus.train.size() - 1], eos);
 }
 
+// Documents are tokenized some 16 MB at a time, by all threads; their order stays.
+TEST_F(CorpusTest, TokenizesMuchTextInOrder) {
+  for (int i = 0; i < 9; ++i) {
+    std::string text = std::to_string(i) + "\n";
+    while (text.size() < (i % 3 == 0 ? 5u : 1u) << 20) text += "return value;\n";
+    put(folder_ / std::to_string(i), text);
+  }
+  const int threads = at::get_num_threads();
+  const TokenStream want = read_stream({folder_.path()}, tokenizer_, eos_, tokenizer_.id_limit());
+  for (const int count : {1, 3}) {
+    at::set_num_threads(count);
+    const Corpus corpus = tokenize_corpus({folder_.path()}, tokenizer_, eos_, 0);
+    EXPECT_EQ(corpus.train_documents, 9);
+    ASSERT_EQ(corpus.train.size(), want.size());
+    bool same = true;
+    for (int64_t i = 0; i < want.size(); ++i) same = same && corpus.train[i] == want[i];
+    EXPECT_TRUE(same) << count;
+  }
+  at::set_num_threads(threads);
+}
+
 TEST_F(CorpusTest, ReadsTheSameTokensWithoutASplit) {
   for (int i = 0; i < 20; ++i) put(folder_ / std::to_string(i), std::string(i, 'x') + " y");
   for (const char* name : {"gpt2", "llama3"}) {  // without and with a template

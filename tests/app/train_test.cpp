@@ -19,6 +19,11 @@
 #include "app/train/options.h"
 #include "app/train/schedule.h"
 #include "app/train/trainer.h"
+#include "tests/app/call_counter.h"
+
+#ifdef TWELL_LIBTORCH_CUDA
+#include <c10/cuda/CUDAFunctions.h>
+#endif
 
 namespace twell::app {
 namespace {
@@ -173,7 +178,7 @@ TEST(AdamW, AgreesWithPyTorch) {
       theirs[i++].mutable_grad() = value.grad().clone();
     }
     const double norm = torch::nn::utils::clip_grad_norm_(theirs, 0.5);
-    EXPECT_NEAR(optimizer.step(0.01), norm, 1e-4 * norm);
+    EXPECT_NEAR(optimizer.step(0.01).item<double>(), norm, 1e-4 * norm);
     reference.step();
     i = 0;
     for (const auto& [name, value] : ours) {
@@ -184,7 +189,7 @@ TEST(AdamW, AgreesWithPyTorch) {
   ours["a"].mutable_grad() = torch::full_like(ours["a"], INFINITY);
   ours["norm"].mutable_grad() = torch::zeros_like(ours["norm"]);
   const Tensor before = ours["a"].detach().clone();
-  EXPECT_FALSE(std::isfinite(optimizer.step(0.01)));
+  EXPECT_FALSE(std::isfinite(optimizer.step(0.01).item<double>()));
   EXPECT_TRUE(ours["a"].equal(before));
 }
 
@@ -369,7 +374,7 @@ TEST_F(Training, LearnsAndWritesAModel) {
 }
 
 TEST_F(Training, IsDeterministicAndResumesToTheSameBits) {
-  for (const char* ffn : {"dense", "twell"}) {
+  for (const char* ffn : {"dense", "twell", "auto"}) {
     const auto named = [&](const std::string& name) {
       TrainRun r = run(name + ffn);
       r.options.ffn = ffn;
@@ -418,6 +423,118 @@ TEST_F(Training, IsDeterministicAndResumesToTheSameBits) {
       EXPECT_EQ(nlohmann::json::parse(x)["step"], nlohmann::json::parse(y)["step"]);
       EXPECT_EQ(nlohmann::json::parse(x)["lambda"], nlohmann::json::parse(y)["lambda"]);
     }
+  }
+}
+
+// What would stop the host until a GPU has caught up, counted on the CPU: scalars that are read,
+// and sizes that depend on values. The fused optimizer's kernel for CPUs reads some of its own.
+TEST_F(Training, NoStepWaitsForTheDevice) {
+  for (const char* ffn : {"dense", "twell", "auto"}) {
+    const auto waits = [&](int64_t steps) {
+      TrainRun r = run("waits-" + std::to_string(steps) + ffn);
+      r.options.ffn = ffn;
+      r.options.steps = steps;
+      r.options.eval_every = r.options.checkpoint_every = 1000;
+      r.options.log_every = 5;
+      r.options.checkpoint_activations = true;
+      const CallCounter counter(
+          {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"},
+          "aten::_fused_adamw_");
+      train(r);
+      return counter.count();
+    };
+    EXPECT_EQ(waits(40), waits(20)) << ffn;
+  }
+}
+
+#ifdef TWELL_LIBTORCH_CUDA
+// PyTorch itself warns of each call that makes the host wait for the GPU.
+class WaitWarnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override {
+    if (warning.msg().find("synchroniz") != std::string::npos) ++count;
+  }
+  std::atomic<int64_t> count = 0;
+};
+
+TEST_F(Training, NoStepWaitsForTheGpu) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "there is no GPU";
+  for (const char* ffn : {"dense", "twell", "auto"}) {
+    const auto waits = [&](int64_t steps) {
+      TrainRun r = run("gpu-waits-" + std::to_string(steps) + ffn);
+      r.device = torch::Device(torch::kCUDA);
+      r.options.ffn = ffn;
+      r.options.steps = steps;
+      r.options.eval_every = r.options.checkpoint_every = 1000;
+      r.options.log_every = 5;
+      WaitWarnings warnings;
+      const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+      const c10::WarningUtils::WarnAlways always;
+      c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_WARN);
+      train(r);
+      c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED);
+      EXPECT_GT(warnings.count, 0);  // of evaluating and saving
+      return warnings.count.load();
+    };
+    EXPECT_EQ(waits(40), waits(20)) << ffn;
+  }
+}
+#endif
+
+TEST_F(Training, SteersByTheStepBefore) {
+  TrainRun r = run("lag");
+  r.options.steps = 8;
+  r.options.log_every = 1;
+  r.options.warmup = 0.25;
+  r.options.target_active = "10";
+  r.options.arrival = 0.5;
+  train(r);
+  // The oracle: the controller, fed with what the lines say was active, one step late.
+  L1Controller controller;
+  controller.target = 10;
+  controller.initial = r.options.lambda;
+  controller.warmup = 0.25;
+  controller.arrival = 0.5;
+  std::istringstream lines(contents(r.folder / "metrics.jsonl"));
+  double before = -1;
+  int64_t step = 0;
+  for (std::string text; std::getline(lines, text);) {
+    const auto line = nlohmann::json::parse(text);
+    ASSERT_EQ(line["step"], ++step);
+    if (before >= 0) controller.update(before, double(step) / 8);
+    EXPECT_DOUBLE_EQ(line["lambda"].get<double>(), controller.lambda) << step;
+    before = line["active"].get<double>();
+    double mean = 0;
+    for (const double active : line["active_per_layer"]) mean += active / 2;
+    EXPECT_NEAR(before, mean, 1e-9) << step;
+    EXPECT_GT(line["gradient_norm"].get<double>(), 0);
+    EXPECT_LE(line["step_seconds"].get<double>(), line["seconds"].get<double>());
+  }
+  EXPECT_EQ(step, 8);
+  EXPECT_GT(controller.lambda, r.options.lambda);
+}
+
+TEST_F(Training, EndsWhenItDiverges) {
+  TrainRun broken = run("diverges");
+  broken.options.steps = 2;
+  train(broken);
+  Llama model = Llama::load(broken.folder, torch::kFloat32, torch::kBFloat16, torch::kCPU);
+  model.parameters().at("model.layers.1.mlp.up_proj.weight").fill_(INFINITY);
+  model.save(broken.folder, torch::kFloat32);
+  // Also where nothing but the end of the run looks at the step.
+  for (const int64_t steps : {1, 40}) {
+    TrainRun r = run("diverged" + std::to_string(steps));
+    r.options.init = broken.folder.string();
+    r.options.steps = steps;
+    try {
+      train(r);
+      ADD_FAILURE() << "did not diverge";
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      EXPECT_NE(text.find("diverged: the gradient of step 1 "), std::string::npos) << text;
+    }
+    EXPECT_EQ(read_checkpoint_state(r.folder).step, 0);
+    EXPECT_FALSE(fs::exists(r.folder / "model.safetensors"));
   }
 }
 

@@ -96,8 +96,7 @@ def test_dense_and_twell_evaluate_alike(trained, inputs):
         for ffn in ("dense", "twell", "auto")
     ]
     for report in reports:
-        assert f"{report['perplexity']:.3g}" == f"{reports[0]['perplexity']:.3g}"
-        assert math.isclose(report["perplexity"], reports[0]["perplexity"], rel_tol=2e-3)
+        assert math.isclose(report["perplexity"], reports[0]["perplexity"], rel_tol=5e-4)
         assert math.isclose(report["active"], reports[0]["active"], rel_tol=2e-2)
     assert reports[1]["ffn_per_layer"] == ["sparse", "sparse"]
 

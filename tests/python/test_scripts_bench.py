@@ -116,7 +116,7 @@ MACHINE = {
 
 
 def test_figures_are_drawn_from_the_file_alone(tmp_path):
-    for name in ("figures.py", "drawing.py"):
+    for name in ("figures.py", "run_figures.py", "drawing.py"):
         (tmp_path / "scripts").mkdir(exist_ok=True)
         (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
     (tmp_path / "bench/results/cpu").mkdir(parents=True)
@@ -124,6 +124,8 @@ def test_figures_are_drawn_from_the_file_alone(tmp_path):
     file.write_text(json.dumps({"machine": MACHINE, "results": [ROW]}))
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nz\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/training.md").write_text(readme.read_text())
 
     def figures(*arguments):
         command = [sys.executable, tmp_path / "scripts/figures.py", *arguments]
