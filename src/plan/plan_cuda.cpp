@@ -14,8 +14,8 @@ namespace {
 // little, small enough that the address space stays bounded.
 constexpr std::int64_t kMaxChunkTiles = 256;
 
-// The same when training, where memory counts: the workspace is alive beside all that is kept.
-constexpr std::int64_t kMaxTrainingTiles = 48;
+// The same when training, where memory counts: the forward needs no more than the backward does.
+constexpr std::int64_t kMaxTrainingTiles = 128;
 
 // Shares assumed without an estimate, those of layer 5 of the traces: of the neurons in a tile's
 // union, and of the (token, block of 64 neurons) pairs in which some neuron is active.

@@ -60,18 +60,27 @@ struct Call {
 // The k-th token of a half tile in the order of its columns.
 __device__ __forceinline__ int token_of(int k) { return k / 16 * 16 + k % 16 / 2 + k % 2 * 8; }
 
-// A block of neurons, by its rank, and a strip of columns. Strip by strip, so that all blocks find
-// the strip's part of x and dy in L2; but the last strips longest list first, so that all CTAs end
-// together.
+// A block of neurons, by its rank, and a strip of columns. The longest lists come first, since one
+// of them may take as long as a CTA's whole share. The others go strip by strip, so that all blocks
+// find the strip's part of x and dy in L2; but the last strips longest list first again, so that
+// all CTAs end together.
 struct Item {
   int rank;
   int strip;
 
   __device__ Item(int index, int blocks, int strips) {
+    const int longest = ceil_div(blocks, 4);
+    if (index < longest * strips) {
+      rank = index / strips;
+      strip = index % strips;
+      return;
+    }
+    const int others = blocks - longest;
     const int last = strips / 4;
-    const int rest = index - (strips - last) * blocks;
-    rank = rest < 0 ? index % blocks : rest / last;
-    strip = rest < 0 ? index / blocks : strips - last + rest % last;
+    const int at = index - longest * strips;
+    const int rest = at - (strips - last) * others;
+    rank = longest + (rest < 0 ? at % others : rest / last);
+    strip = rest < 0 ? at / others : strips - last + rest % last;
   }
 };
 
