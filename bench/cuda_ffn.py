@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 HIDDEN, NEURONS, TRACE_TOKENS = 2048, 5632, 4096
 KERNEL = re.compile(r"twell::cuda::.*?(\w+)_kernel")
 PREFILL = (131072, 16384, 4096, 1024, 512, 128)
+COMPILED = PREFILL[:2]  # tokens for which the compiled dense form is timed too
 DECODE = (1, 4, 16, 32, 64)
 DECODE_LAYERS = 8  # weights in rotation, so that they come from memory
 
@@ -60,6 +61,9 @@ def dense(x, gate, up, down_t):
 def dense_concatenated(x, gate_up, down_t):
     gate, up = linear(x, gate_up).chunk(2, dim=1)
     return linear(torch.relu(gate) * up, down_t)
+
+
+dense_compiled = torch.compile(dense, dynamic=False)
 
 
 def random_weight(rows, scale):
@@ -164,7 +168,10 @@ def prefill(library, case, x, gate, up, down, tokens):
     dense_ms = median_ms(lambda: dense(x, gate, up, down_t))
     strongest_ms = median_ms(lambda: dense_concatenated(x, gate_up, down_t))
     error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
-    return result(case, tokens, dense_ms, strongest_ms, twell_ms, stage_ms(run), error)
+    row = result(case, tokens, dense_ms, strongest_ms, twell_ms, stage_ms(run), error)
+    if tokens in COMPILED:
+        row["dense_compiled_ms"] = round(median_ms(lambda: dense_compiled(x, gate, up, down_t)), 4)
+    return row
 
 
 def graph_ms(call):

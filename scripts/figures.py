@@ -37,6 +37,8 @@ GPU_HEADLINE = [
     ("50% active", 131072),
 ]
 
+GPU_TRAINING_HEADLINE = ["layer 1", "layer 4", "layer 5", "layer 7"]
+
 
 def load(path: Path) -> dict:
     report = json.loads(path.read_text())
@@ -51,6 +53,10 @@ def reports() -> list[dict]:
 
 def gpu_reports() -> list[dict]:
     return [load(path) for path in sorted(RESULTS.glob("*/ffn_forward.json"))]
+
+
+def gpu_training_reports() -> list[dict]:
+    return [load(path) for path in sorted(RESULTS.glob("*/ffn_backward.json"))]
 
 
 def model_reports() -> list[dict]:
@@ -124,6 +130,29 @@ def gpu_line(report: dict) -> str:
     return (
         f"The same FFN's forward on an {report['device']}, PyTorch {report['torch']}, commit"
         f" {report['commit']}; medians, same process, L2 flushed. Data: [{file}]({file})."
+    )
+
+
+def gpu_training_table(rows: list[dict]) -> str:
+    lines = [
+        "| activation pattern | tokens | PyTorch dense | twell | speed-up | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['case'].replace('layer', 'trace, layer')} | {row['tokens']:,} |"
+            f" {row['dense_ms']:.2f} ms | {row['twell_ms']:.2f} ms | **{row['ratio']:.2f}×** |"
+            f" {row['dense_peak_mb']:.0f} → {row['twell_peak_mb']:.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_training_line(report: dict) -> str:
+    file = report["path"].relative_to(ROOT)
+    return (
+        f"Its forward and backward together against PyTorch's autograd, on an {report['device']},"
+        f" commit {report['commit']}; peak memory beyond inputs and gradients. Data:"
+        f" [{file}]({file})."
     )
 
 
@@ -209,6 +238,9 @@ def readme_block(all_reports: list[dict]) -> str:
     for gpu in gpu_reports():
         rows = [row for row in gpu["results"] if (row["case"], row["tokens"]) in GPU_HEADLINE]
         parts += [gpu_table(rows), gpu_line(gpu)]
+    for gpu in gpu_training_reports():
+        rows = [row for row in gpu["results"] if row["case"] in GPU_TRAINING_HEADLINE]
+        parts += [gpu_training_table(rows), gpu_training_line(gpu)]
     parts.append("[All cases](docs/benchmarks.md), the slower ones too.")
     return f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
 
@@ -228,6 +260,11 @@ def benchmarks_page(all_reports: list[dict]) -> str:
     for gpu in gpu_reports():
         line = gpu_line(gpu).replace("](bench/", "](../bench/")
         parts.append(f"\n## {gpu['device']}\n\n{line}\n\n{gpu_table(gpu['results'])}\n")
+    for gpu in gpu_training_reports():
+        line = gpu_training_line(gpu).replace("](bench/", "](../bench/")
+        parts.append(
+            f"\n## {gpu['device']}, training\n\n{line}\n\n{gpu_training_table(gpu['results'])}\n"
+        )
     for report in model_reports():
         parts.append(
             f"\n## Whole models, {report['machine']['gpu']}\n\n{model_line(report)}\n\n"
