@@ -27,4 +27,14 @@ Status launch_input_gradient(const BackwardChunk&, const FfnWeights&, void*, int
   return refuse();
 }
 
+Status launch_dense_gradients(const BackwardChunk&, const TokenLists&, const WeightGradients&, int,
+                              cudaStream_t) {
+  return refuse();
+}
+
+Status launch_list_gradients(const BackwardChunk&, const TokenLists&, const void*, const void*,
+                             const WeightGradients&, int, cudaStream_t) {
+  return refuse();
+}
+
 }  // namespace twell::cuda::sm90
