@@ -68,7 +68,7 @@ __device__ __forceinline__ std::uint32_t sort_key(const TokenLists& lists, int n
 
 __global__ void __launch_bounds__(kSortThreads) sort_kernel(const TokenLists lists, int neurons) {
   constexpr int kKeys = 1024;  // compared with at a time
-  __shared__ alignas(16) std::uint32_t keys[kKeys];
+  alignas(16) __shared__ std::uint32_t keys[kKeys];
   const int neuron = static_cast<int>(blockIdx.x) * kSortThreads + static_cast<int>(threadIdx.x);
   const std::uint32_t mine = neuron < neurons ? sort_key(lists, neuron) : 0;
   int ranks[4] = {};

@@ -19,11 +19,25 @@ Status launch_up(const ForwardChunk&, const Tokens&, const void*, int, cudaStrea
 
 Status launch_down(const ForwardChunk&, const void*, void*, int, cudaStream_t) { return refuse(); }
 
+Status launch_remake(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) {
+  return refuse();
+}
+
 Status launch_coefficients(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) {
   return refuse();
 }
 
 Status launch_input_gradient(const BackwardChunk&, const FfnWeights&, void*, int, cudaStream_t) {
+  return refuse();
+}
+
+Status launch_dense_gradients(const BackwardChunk&, const TokenLists&, const WeightGradients&, int,
+                              cudaStream_t) {
+  return refuse();
+}
+
+Status launch_list_gradients(const BackwardChunk&, const TokenLists&, const void*, const void*,
+                             const WeightGradients&, int, cudaStream_t) {
   return refuse();
 }
 
