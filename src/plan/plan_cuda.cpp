@@ -18,9 +18,11 @@ constexpr std::int64_t kMaxChunkTiles = 256;
 constexpr std::int64_t kMaxTrainingTiles = 128;
 
 // Shares assumed without an estimate, those of layer 5 of the traces: of the neurons in a tile's
-// union, and of the (token, block of 64 neurons) pairs in which some neuron is active.
+// union, and of the (token, block of 64 neurons) pairs in which some neuron is active, the neurons
+// in their own order or by activity.
 constexpr double kUnknownUnion = 0.2;
 constexpr double kUnknownBlocks = 0.36;
+constexpr double kUnknownSortedBlocks = 0.19;
 
 // TFLOP/s per multiprocessor.
 struct Rates {
@@ -55,34 +57,55 @@ constexpr double kTileLaunchMs = 0.06;  // four kernels, each at least one tile 
 constexpr double kDecodeLaunchMs = 0.008;
 constexpr double kDecodeTokenMs = 0.0007;  // per token, at the traces' 2048 x 5632
 
-// The neurons in a tile's union, and the share of (token, block of 64 neurons) pairs in use.
+// The neurons in a tile's union, and the shares of (token, block of 64 neurons) pairs in use.
 struct Sparsity {
   double in_union;
   double blocks;
+  double sorted_blocks;
 
   Sparsity(double neurons, const PlanOptions& options)
-      : in_union(kUnknownUnion * neurons), blocks(kUnknownBlocks) {
-    if (options.expected_active >= 0) {
-      const double silent = 1 - std::min(options.expected_active / neurons, 1.0);
-      in_union = neurons * (1 - std::pow(silent, cuda::kTileTokens));
-      blocks = 1 - std::pow(silent, cuda::kRowNeurons);
-    }
+      : in_union(kUnknownUnion * neurons),
+        blocks(kUnknownBlocks),
+        sorted_blocks(kUnknownSortedBlocks) {
     if (options.expected_union >= 0) in_union = std::min(options.expected_union, neurons);
+    if (options.expected_active < 0) return;
+    // If all neurons were equally active and independent. The less so, the smaller the union, and
+    // the fewer blocks of neurons by activity are in use (the square root fits the traces).
+    const double silent = 1 - std::min(options.expected_active / neurons, 1.0);
+    const double most = neurons * (1 - std::pow(silent, cuda::kTileTokens));
+    if (options.expected_union < 0) in_union = most;
+    blocks = 1 - std::pow(silent, cuda::kRowNeurons);
+    sorted_blocks = most > 0 ? blocks * std::sqrt(std::min(in_union / most, 1.0)) : 0;
   }
 };
 
-// Of the sparse backward; `product` is a dense product's time at 1 TFLOP/s. By its FLOPs, with the
-// rate of the same instructions on an A100 for every GPU: not measured.
-double predict_backward(const FfnProblem& problem, double product, const Sparsity& sparsity) {
+// Rates of Hopper's sparse backward, as kHopper, and its small kernels: for every chunk, and once.
+// From bench/results/h200/ffn_backward.json.
+constexpr double kBackwardUnion = 3.9;
+constexpr double kBackwardWeights = 2.6;
+constexpr double kBackwardChunkMs = 0.1;
+constexpr double kBackwardLaunchMs = 0.05;
+
+// Of the sparse backward; `product` is a dense product's time at 1 TFLOP/s. For GPUs other than
+// Hopper by its FLOPs, with the rate of the same instructions on an A100: not measured.
+double predict_backward(const FfnProblem& problem, const Device& device, double product,
+                        const Sparsity& sparsity) {
   const double neurons = static_cast<double>(problem.neurons);
   const bool gated = problem.kind == FfnKind::kGated;
-  const double over_union = gated ? 5 : 3;  // g, u, dh and both of dx; plain: g, dh and dx
   const double of_weights = gated ? 3 : 2;
-  const double groups = std::ceil(neurons / (cuda::kRowNeurons * cuda::kGroupBlocks));
+  const double in_union = sparsity.in_union / neurons;
   const double chunks = std::ceil(static_cast<double>(problem.tokens) /
                                   (cuda::kMaxBackwardTiles * cuda::kTileTokens));
+  if (cuda::takes_token_lists(device)) {
+    const double over_union = gated ? 3 : 2;  // dh and dx
+    return kBackwardLaunchMs + chunks * kBackwardChunkMs +
+           product * (over_union * in_union / kBackwardUnion +
+                      of_weights * sparsity.sorted_blocks / kBackwardWeights);
+  }
+  const double over_union = gated ? 5 : 3;  // g, u, dh and both of dx; plain: g, dh and dx
+  const double groups = std::ceil(neurons / (cuda::kRowNeurons * cuda::kGroupBlocks));
   const double kernels = chunks * (4 + 4 * groups);
-  const double share = over_union * sparsity.in_union / neurons + of_weights * sparsity.blocks;
+  const double share = over_union * in_union + of_weights * sparsity.blocks;
   return kernels * kTileLaunchMs / 4 + product * share / kAmpere.over_union;
 }
 
@@ -107,7 +130,7 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
   out.sparse_ms = kTileLaunchMs + product / rates.gate + products * union_ms;
   if (options.training) {
     out.dense_ms *= 3;  // each product has two gradients, which are products as large
-    out.sparse_ms += predict_backward(problem, product, sparsity);
+    out.sparse_ms += predict_backward(problem, device, product, sparsity);
   }
   return out;
 }
