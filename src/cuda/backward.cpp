@@ -61,7 +61,7 @@ class Backward {
     f.schedule = at<Schedule>(layout_.schedule);
     chunk_.grad_l1 = static_cast<const float*>(args.grad_l1);
     chunk_.nonfinite = at<std::uint32_t>(layout_.nonfinite);
-    chunk_.places = at<std::int32_t>(layout_.places);
+    f.half_places = at<std::int32_t>(layout_.places);
     if (saved_.positions > 0) {
       chunk_.saved_g = at_saved<std::uint32_t>(saved_.g);
       chunk_.saved_u = gated ? at_saved<std::uint32_t>(saved_.u) : nullptr;

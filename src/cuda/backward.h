@@ -30,7 +30,9 @@ static_assert(sizeof(BlockTokens) == 16);
 
 // What the kernels of one chunk of tokens share.
 struct BackwardChunk {
-  ForwardChunk forward;  // masks, unions, counts, order, schedule; neither columns nor h
+  // Masks, unions, counts, order, schedule; neither columns nor h. half_places: each half tile's
+  // place in the saved columns, -1 if they are of no use.
+  ForwardChunk forward;
 
   const void* x;         // [tokens, hidden] from the chunk's first token on
   const void* dy;        // the same
@@ -41,15 +43,11 @@ struct BackwardChunk {
   const std::uint32_t* saved_g;  // the forward's SavedColumns; null: none
   const std::uint32_t* saved_u;
   int saved_positions;
-  std::int32_t* places;  // [2 tiles]: in them, of each half's tile; -1 if they are of no use
 
   std::uint32_t* nonfinite;  // [2 tiles, 2]: a bit for each token that must be on every list
   std::uint32_t* dg;         // [2 tiles, capacity, 32]
   std::uint32_t* du;         // the same; null for a plain block
   std::uint32_t* h;          // the same
-
-  // -1: g and u must be made anew.
-  __device__ int place(int tile) const { return places[2 * tile] < 0 ? -1 : places[2 * tile + 1]; }
 };
 
 // A group of blocks of neurons, and their tokens.
@@ -84,8 +82,8 @@ struct BackwardProducts {
 
 const BackwardProducts& backward_products_for(const Device& device);
 
-// masks ← those of the forward, completed; places ← the forward's (null: none), but -1 where masks
-// were completed and so the union is another; nonfinite; and resets the schedule. A NaN or an
+// masks ← those of the forward, completed; half_places ← the forward's (null: none), but -1 where
+// masks were completed and so the union is another; nonfinite; and resets the schedule. A NaN or an
 // infinity in dy or in grad_l1 reaches every neuron, active or not, as 0 · inf is NaN.
 Status launch_complete_masks(const BackwardChunk& chunk, const std::uint32_t* saved_masks,
                              const std::int32_t* saved_places, cudaStream_t stream);

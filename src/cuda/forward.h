@@ -43,7 +43,8 @@ static_assert(sizeof(UnionEntry) == 8 && sizeof(UnionItem) == 4);
 struct Schedule {
   std::int32_t item_count;
   std::uint32_t finished;  // tiles whose lists are written
-  UnionItem items[1];      // [item_count], longest first
+  std::int32_t anew;       // items of tiles whose g and u a backward must make anew
+  UnionItem items[1];      // [item_count], those first, then longest first
 };
 
 // Where the forward of a training plan keeps the columns of g and u over the unions for the
@@ -80,12 +81,18 @@ struct ForwardChunk {
   std::uint32_t* h;     // [2 tiles, capacity, 32]: columns of h by union position
   std::int32_t* order;  // [tiles]: tiles by falling count
   Schedule* schedule;
-  SavedColumns saved;  // places is null where nothing is kept
+  SavedColumns saved;         // places is null where nothing is kept
+  std::int32_t* half_places;  // [2 tiles]: of a backward, see backward.h; null: of a forward
 
   __device__ int place(int tile) const { return saved.places ? saved.places[tile] : -1; }
+
+  // Of a backward: a tile's place in what the forward has kept; -1: g and u must be made anew.
+  __device__ int kept_place(int tile) const {
+    return half_places[2 * tile] < 0 ? -1 : half_places[2 * tile + 1];
+  }
 };
 
-static_assert(offsetof(Schedule, items) == 8);
+static_assert(offsetof(Schedule, items) == kScheduleHeader);
 
 // The input of a call. A chunk's tokens are the rows from `first` on.
 struct Tokens {

@@ -18,6 +18,7 @@ inline constexpr int kColumnWords = kHalfTokens / 2;
 inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of this
 inline constexpr int kUnionItem = 256;  // union positions of one piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
+inline constexpr int kScheduleHeader = 12;  // bytes before the pieces of up work
 
 // Of the backward. Its chunks are smaller than the forward's, as it keeps three values for each
 // neuron of a union, not two, and float32 sums of the weights' gradients besides.
@@ -94,7 +95,8 @@ struct ForwardLayout {
     counts = carve.take(tiles * 4);
     h = carve.take(2 * tiles * capacity * kColumnBytes);
     order = carve.take(tiles * 4);
-    schedule = carve.take(8 + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
+    schedule =
+        carve.take(kScheduleHeader + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
     activity = carve.take(plan.problem.neurons * 4);
     partial_l1 = carve.take(all_tiles * 4);
     bytes = carve.bytes();
@@ -187,7 +189,8 @@ struct BackwardLayout {
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
     order = carve.take(tiles * 4);
-    schedule = carve.take(8 + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
+    schedule =
+        carve.take(kScheduleHeader + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
     for (const int i : {0, 1, 2}) {
       const bool exists = i != 1 || inputs == 2;
       coefficients[i] = carve.take(exists ? 2 * tiles * capacity * kColumnBytes : 0);

@@ -10,12 +10,11 @@ namespace {
 // Hopper's own instructions exist on no other GPU, older or newer.
 bool is_hopper(const Device& device) { return device.compute_capability / 10 == 9; }
 
-// Of the tiles whose columns the forward has kept; then of all others.
 Status launch_hopper_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
                                   int multiprocessors, cudaStream_t stream) {
-  Status status = sm90::launch_coefficients(chunk, weights, multiprocessors, stream);
+  Status status = sm90::launch_remake(chunk, weights, multiprocessors, stream);
   if (!status.ok()) return status;
-  return sm80::launch_coefficients_anew(chunk, weights, multiprocessors, stream);
+  return sm90::launch_coefficients(chunk, weights, multiprocessors, stream);
 }
 
 }  // namespace

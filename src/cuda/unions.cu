@@ -88,10 +88,12 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
   if (threadIdx.x == 0) chunk.counts[tile] = count;
 }
 
-// Items longest first, and tiles by falling count; ties by index, so that it is deterministic.
+// Items of tiles whose g and u must be made anew, then all others, each longest first, and tiles by
+// falling count; ties by index, so that it is deterministic.
 __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
   __shared__ int counts[kMaxChunkTiles];
   __shared__ int scratch[2][kWarps];
+  const bool backward = chunk.half_places != nullptr;
   for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
     counts[tile] = __ldcg(&chunk.counts[tile]);
   }
@@ -99,10 +101,11 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
 
   int items = 0;
   int turn = 0;
-  for (int steps = kStepCounts; steps > 0; --steps) {
+  const auto append = [&](int steps, bool anew) {
     for (int first = 0; first < chunk.tiles; first += kThreads, turn ^= 1) {
       const int tile = first + static_cast<int>(threadIdx.x);
-      const int all = tile < chunk.tiles ? ceil_div(counts[tile], kUnionStep) : 0;
+      const bool takes = tile < chunk.tiles && (backward && chunk.kept_place(tile) < 0) == anew;
+      const int all = takes ? ceil_div(counts[tile], kUnionStep) : 0;
       const int whole = all / kStepCounts;
       const bool has_rest = steps < kStepCounts && all % kStepCounts == steps;
       const int mine = steps == kStepCounts ? whole : has_rest;
@@ -115,7 +118,10 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
       }
       items += total;
     }
-  }
+  };
+  for (int steps = kStepCounts; backward && steps > 0; --steps) append(steps, true);
+  if (threadIdx.x == 0) chunk.schedule->anew = items;
+  for (int steps = kStepCounts; steps > 0; --steps) append(steps, false);
   if (threadIdx.x == 0) chunk.schedule->item_count = items;
 
   for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {

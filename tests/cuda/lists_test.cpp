@@ -90,6 +90,10 @@ class CudaLists : public GpuTest, public ::testing::WithParamInterface<std::tupl
     return ceil_div(static_cast<int>(host.union_of(tile).size()), kUnionStep) * kUnionStep;
   }
 
+  std::size_t schedule_words() const {
+    return kScheduleHeader / 4 + host.tiles * ceil_div(host.capacity, kUnionItem);
+  }
+
   const Columns host{300, std::get<0>(GetParam()), std::get<1>(GetParam())};
 };
 
@@ -102,8 +106,7 @@ TEST_P(CudaLists, MatchTheColumns) {
   const DeviceBuffer masks(host.masks), columns(host.columns);
   const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
   const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
-  const DeviceBuffer schedule(
-      std::vector<std::int32_t>(2 + host.tiles * ceil_div(host.capacity, kUnionItem), 0));
+  const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
   const DeviceBuffer h(halves * host.capacity * kHalfTokens * sizeof(bf16));
   const DeviceBuffer activity(std::vector<std::int32_t>(host.neurons, 0));
   const DeviceBuffer partial_l1(host.tiles * 4), l0(8), l1(4);
@@ -170,7 +173,7 @@ TEST_P(CudaLists, MatchTheColumns) {
   ASSERT_EQ(words[0], static_cast<int>(want_items.size()));
   std::vector<Item> items;
   for (int i = 0; i < words[0]; ++i) {
-    const auto word = static_cast<std::uint32_t>(words[2 + i]);
+    const auto word = static_cast<std::uint32_t>(words[kScheduleHeader / 4 + i]);
     items.emplace_back(word & 0xffffu, word >> 16 & 0xffu, word >> 24);
     if (i > 0) {
       EXPECT_LE(std::get<2>(items[i]), std::get<2>(items[i - 1]));
@@ -226,8 +229,7 @@ TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
     chunk.saved.taken = taken.as<std::int32_t>();
     chunk.saved.positions = positions;
     for (const int pass : {0, 1}) {
-      const DeviceBuffer schedule(
-          std::vector<std::int32_t>(2 + host.tiles * ceil_div(host.capacity, kUnionItem), 0));
+      const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
       chunk.schedule = schedule.as<Schedule>();
       chunk.saved.places = places.as<std::int32_t>() + pass * host.tiles;
       chunk.saved.first = pass == 0;
@@ -256,6 +258,39 @@ TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
       }
       next = std::min(next + count, positions);
     }
+  }
+}
+
+// Of a backward: tiles of which a half has no place come first.
+TEST_P(CudaLists, ScheduleWhatIsMadeAnewFirst) {
+  const DeviceBuffer masks(host.masks);
+  const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
+  const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
+  const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
+  const DeviceBuffer half_places(std::vector<std::int32_t>{0, 0, 64, -1, -1, 64});
+  ForwardChunk chunk = {};
+  chunk.tiles = host.tiles;
+  chunk.neurons = host.neurons;
+  chunk.blocks = host.blocks;
+  chunk.capacity = host.capacity;
+  chunk.masks = masks.as<std::uint32_t>();
+  chunk.unions = unions.as<UnionEntry>();
+  chunk.counts = counts.as<std::int32_t>();
+  chunk.order = order.as<std::int32_t>();
+  chunk.schedule = schedule.as<Schedule>();
+  chunk.half_places = half_places.as<std::int32_t>();
+  ASSERT_TRUE(launch_unions(chunk, nullptr).ok());
+  require_cuda(cudaDeviceSynchronize());
+  EXPECT_TRUE(schedule.guard_intact());
+
+  ASSERT_EQ(host.tiles, 3);
+  const auto items_of = [&](int tile) { return ceil_div(padded_count(tile), kUnionItem); };
+  const int anew = items_of(1) + items_of(2);
+  const auto words = schedule.download<std::int32_t>();
+  ASSERT_EQ(words[0], anew + items_of(0));
+  EXPECT_EQ(words[2], anew);
+  for (int i = 0; i < words[0]; ++i) {
+    EXPECT_EQ((words[kScheduleHeader / 4 + i] & 0xffff) != 0, i < anew) << i;
   }
 }
 

@@ -19,6 +19,10 @@ Status launch_up(const ForwardChunk&, const Tokens&, const void*, int, cudaStrea
 
 Status launch_down(const ForwardChunk&, const void*, void*, int, cudaStream_t) { return refuse(); }
 
+Status launch_remake(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) {
+  return refuse();
+}
+
 Status launch_coefficients(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) {
   return refuse();
 }

@@ -78,7 +78,7 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
   const int row = threadIdx.x % 32 / 4;
 
   Words g, u;
-  if (const int place = chunk.place(tile); place >= 0) {
+  if (const int place = forward.kept_place(tile); place >= 0) {
     const std::int64_t column =
         SavedColumns::column(place, half, forward.counts[tile]) + first + mine;
     load_words(g, chunk.saved_g + column * kColumnWords + row);
@@ -119,13 +119,12 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
 
 template <bool kGated>
 __global__ void __launch_bounds__(kThreads, kResident)
-    coefficients_kernel(const BackwardChunk chunk, const Weights weights, bool skips_kept) {
+    coefficients_kernel(const BackwardChunk chunk, const Weights weights) {
   const Schedule& schedule = *chunk.forward.schedule;
   const float grad_l1 = chunk.grad_l1 ? *chunk.grad_l1 : 0;
 #pragma unroll 1
   for (int i = blockIdx.x; i < schedule.item_count; i += gridDim.x) {
     const UnionItem item = schedule.items[i];
-    if (skips_kept && chunk.place(item.tile) >= 0) continue;
     const int first = item.first * kUnionItem;
 #pragma unroll 1
     for (int step = 0; step <= item.steps; ++step) {
@@ -134,28 +133,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// skips_kept: without the tiles whose g and u the forward has kept.
-Status launch_for(const BackwardChunk& chunk, const FfnWeights& weights, bool skips_kept,
-                  int multiprocessors, cudaStream_t stream) {
+}  // namespace
+
+Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+                           int multiprocessors, cudaStream_t stream) {
   const bool gated = weights.gate != nullptr;
   const auto* up = static_cast<const __nv_bfloat16*>(weights.up);
   const Weights own = {gated ? static_cast<const __nv_bfloat16*>(weights.gate) : up, up,
                        static_cast<const __nv_bfloat16*>(weights.down)};
   return launch(gated ? coefficients_kernel<true> : coefficients_kernel<false>,
-                kResident * multiprocessors, kThreads, kSharedBytes, stream, chunk, own,
-                skips_kept);
-}
-
-}  // namespace
-
-Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
-                           int multiprocessors, cudaStream_t stream) {
-  return launch_for(chunk, weights, false, multiprocessors, stream);
-}
-
-Status launch_coefficients_anew(const BackwardChunk& chunk, const FfnWeights& weights,
-                                int multiprocessors, cudaStream_t stream) {
-  return launch_for(chunk, weights, true, multiprocessors, stream);
+                kResident * multiprocessors, kThreads, kSharedBytes, stream, chunk, own);
 }
 
 }  // namespace twell::cuda::sm80

@@ -16,11 +16,6 @@ Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int mul
 // The backward's, as in backward.h.
 Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
                            int multiprocessors, cudaStream_t stream);
-
-// The same without the tiles whose columns the forward has kept.
-Status launch_coefficients_anew(const BackwardChunk& chunk, const FfnWeights& weights,
-                                int multiprocessors, cudaStream_t stream);
-
 Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
                              int multiprocessors, cudaStream_t stream);
 

@@ -1,6 +1,7 @@
-// The coefficients over the unions of a chunk on Hopper, of the tiles whose g and u the forward has
-// kept: dh = dy Dᵀ, then dg, du and h. The columns of g and u go through the ring of stages too,
-// after the item's products, so that they arrive while those run and take no registers.
+// The coefficients over the unions of a chunk on Hopper: dh = dy Dᵀ, then dg, du and h from g and
+// u, which the forward has kept, or which lie where h and du will (remake.cu). Their columns go
+// through the ring of stages too, after the item's products, so that they arrive while those run
+// and take no registers.
 
 #include "cuda/check.h"
 #include "cuda/coefficients.cuh"
@@ -12,36 +13,42 @@ namespace {
 
 template <bool kGated>
 struct CoefficientsEpilogue {
-  static constexpr int kMatrices = kGated ? 2 : 1;  // g and u
+  static constexpr int kMatrices = 1;
+  static constexpr int kFactors = kGated ? 2 : 1;  // g and u
   static constexpr int kBox = kUnionStep * kHalfTokens;
 
   struct Scratch {};
   using Stages = GatherStages<Scratch>;
-  static_assert(kMatrices * Gather::kConsumers * kBox <= kUnionItem * kTileHidden);
+  static_assert(kFactors * Gather::kConsumers * kBox <= kUnionItem * kTileHidden);
 
   class Consumer;
 
   BackwardChunk chunk;
-  CUtensorMap columns[kMatrices];  // [2 positions, 64], those that were kept
+  CUtensorMap kept[kFactors];  // [2 positions, 64]
+  CUtensorMap anew[kFactors];  // [2 tiles, capacity, 64]
 
-  __device__ bool takes(UnionItem item) const { return chunk.place(item.tile) >= 0; }
+  __device__ static int count(const Schedule& schedule) { return schedule.item_count; }
 
-  // One stage for each 64 positions: their columns of both halves.
+  // One stage for each 64 positions: their columns of both halves. Those made anew are read before
+  // the coefficients that replace them are written: these wait for the stage.
   __device__ __forceinline__ void fill(Stages& shared, GatherRing& ring,
                                        const ForwardChunk& forward, UnionItem item) const {
-    const int place = chunk.place(item.tile);
+    const int place = forward.kept_place(item.tile);
     const int count = forward.counts[item.tile];
+    const CUtensorMap* columns = place >= 0 ? kept : anew;
 #pragma unroll 1
     for (int step = 0; step <= item.steps; ++step, ring.advance()) {
       const int stage = ring.stage;
       ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
       if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&shared.full[stage], kMatrices * Gather::kConsumers * kBox * 2);
+        ptx::mbarrier_arrive_expect(&shared.full[stage], kFactors * Gather::kConsumers * kBox * 2);
         for (int half = 0; half < Gather::kConsumers; ++half) {
-          const int column = static_cast<int>(SavedColumns::column(place, half, count)) +
-                             item.first * kUnionItem + step * kUnionStep;
-          for (int matrix = 0; matrix < kMatrices; ++matrix) {
-            ptx::tma_load(box(shared, stage, matrix, half), &columns[matrix], &shared.full[stage],
+          const int of_half = place >= 0
+                                  ? static_cast<int>(SavedColumns::column(place, half, count))
+                                  : (2 * item.tile + half) * forward.capacity;
+          const int column = of_half + item.first * kUnionItem + step * kUnionStep;
+          for (int factor = 0; factor < kFactors; ++factor) {
+            ptx::tma_load(box(shared, stage, factor, half), &columns[factor], &shared.full[stage],
                           0, column);
           }
         }
@@ -50,9 +57,9 @@ struct CoefficientsEpilogue {
     }
   }
 
-  __device__ static __forceinline__ __nv_bfloat16* box(Stages& shared, int stage, int matrix,
+  __device__ static __forceinline__ __nv_bfloat16* box(Stages& shared, int stage, int factor,
                                                        int half) {
-    return shared.weights[stage] + (matrix * Gather::kConsumers + half) * kBox;
+    return shared.weights[stage] + (factor * Gather::kConsumers + half) * kBox;
   }
 };
 
@@ -100,16 +107,16 @@ class CoefficientsEpilogue<kGated>::Consumer {
 #pragma unroll
     for (int step = 0; step < kN / kUnionStep; ++step, ring.advance()) {
       ptx::mbarrier_wait(&shared_.full[ring.stage], ring.parity);
-      std::uint32_t factors[kMatrices][kGroups][2];
+      std::uint32_t factors[kFactors][kGroups][2];
 #pragma unroll
-      for (int matrix = 0; matrix < kMatrices; ++matrix) {
+      for (int factor = 0; factor < kFactors; ++factor) {
         const auto* words =
-            reinterpret_cast<const std::uint32_t*>(box(shared_, ring.stage, matrix, half_));
+            reinterpret_cast<const std::uint32_t*>(box(shared_, ring.stage, factor, half_));
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
           for (int parity = 0; parity < 2; ++parity) {
-            factors[matrix][j][parity] = words[8 * j * kColumnWords + offsets[parity]];
+            factors[factor][j][parity] = words[8 * j * kColumnWords + offsets[parity]];
           }
         }
       }
@@ -123,7 +130,7 @@ class CoefficientsEpilogue<kGated>::Consumer {
           const int position = step * kUnionStep + 8 * j + parity;
           const float* sum = sums + (step * kGroups + j) * 4 + parity;
           const auto own = Coefficients::make<kGated>(
-              factors[0][j][parity], factors[kMatrices - 1][j][parity], sum[0], sum[2], grad_l1_);
+              factors[0][j][parity], factors[kFactors - 1][j][parity], sum[0], sum[2], grad_l1_);
           const bool in_use = first + position < held.count;  // padding is no 0 · inf
           dg[position * kColumnWords] = in_use ? own.dg : 0;
           if constexpr (kGated) du[position * kColumnWords] = in_use ? own.du : 0;
@@ -142,27 +149,32 @@ class CoefficientsEpilogue<kGated>::Consumer {
 
 template <bool kGated>
 __global__ void __launch_bounds__(Gather::kThreads, 1)
-    coefficients_kernel(const __grid_constant__ GatherOperands operands,
+    coefficients_kernel(const __grid_constant__ GatherOperands<1> operands,
                         const __grid_constant__ CoefficientsEpilogue<kGated> epilogue) {
   multiply_items(epilogue.chunk.forward, operands, epilogue);
 }
 
 template <bool kGated>
-Status launch_kept(const BackwardChunk& chunk, const void* down, int multiprocessors,
-                   cudaStream_t stream) {
+Status launch_for(const BackwardChunk& chunk, const void* down, int multiprocessors,
+                  cudaStream_t stream) {
   using Epilogue = CoefficientsEpilogue<kGated>;
-  GatherOperands operands;
-  const Tokens dy = {chunk.dy, chunk.forward.tokens, 0};
-  if (Status status = make_operands(operands, chunk.forward, dy, down); !status.ok()) {
-    return status;
-  }
-  Epilogue epilogue = {chunk, {}};
+  GatherOperands<1> operands;
+  const ForwardChunk& forward = chunk.forward;
+  const Tokens dy = {chunk.dy, forward.tokens, 0};
+  if (Status status = make_operands<1>(operands, forward, dy, {down}); !status.ok()) return status;
+  Epilogue epilogue = {chunk, {}, {}};
   const std::uint32_t* const kept[] = {chunk.saved_g, chunk.saved_u};
-  for (int matrix = 0; matrix < Epilogue::kMatrices; ++matrix) {
-    Status status =
-        make_tensor_map(epilogue.columns[matrix], kept[matrix],
-                        std::int64_t{2} * chunk.saved_positions, kHalfTokens, kUnionStep);
-    if (!status.ok()) return status;
+  const std::uint32_t* const anew[] = {chunk.h, chunk.du};
+  const std::int64_t kept_columns = std::int64_t{2} * chunk.saved_positions;
+  const std::int64_t columns = std::int64_t{2} * forward.tiles * forward.capacity;
+  const auto make_map = [](CUtensorMap& map, const std::uint32_t* data, std::int64_t rows) {
+    return data ? make_tensor_map(map, data, rows, kHalfTokens, kUnionStep) : Status();
+  };
+  for (int factor = 0; factor < Epilogue::kFactors; ++factor) {
+    for (const Status& status : {make_map(epilogue.kept[factor], kept[factor], kept_columns),
+                                 make_map(epilogue.anew[factor], anew[factor], columns)}) {
+      if (!status.ok()) return status;
+    }
   }
   return launch(coefficients_kernel<kGated>, multiprocessors, Gather::kThreads,
                 kGatherBytes<Epilogue>, stream, operands, epilogue);
@@ -172,9 +184,8 @@ Status launch_kept(const BackwardChunk& chunk, const void* down, int multiproces
 
 Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
                            int multiprocessors, cudaStream_t stream) {
-  if (!chunk.saved_g) return {};
-  const auto launch_for = weights.gate ? launch_kept<true> : launch_kept<false>;
-  return launch_for(chunk, weights.down, multiprocessors, stream);
+  const auto launch_it = weights.gate ? launch_for<true> : launch_for<false>;
+  return launch_it(chunk, weights.down, multiprocessors, stream);
 }
 
 }  // namespace twell::cuda::sm90

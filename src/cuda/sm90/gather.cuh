@@ -5,13 +5,14 @@
 // of the tokens; two consumer warpgroups own a half tile each. What becomes of the sums is the
 // business of an epilogue, a kernel's parameter:
 //
-//   bool takes(UnionItem)                 whether the kernel works on the item
+//   kMatrices                             whose rows are gathered, each for every item
+//   int count(schedule)                   of its items: the first ones
 //   void fill(stages, ring, chunk, item)  all producer threads: stages after those of the product
 //   Consumer(epilogue, chunk, stages, half), of a warpgroup:
-//     void look_ahead(UnionItem)          begins to read what the next item needs
+//     void look_ahead(GatherItem)         begins to read what the next item needs
 //     void begin()                        that item's turn has come
-//     Held before<kN>(UnionItem)          reads what arrives while the products run
-//     void after<kN>(sums, held, ring, UnionItem)   sums as ptx::wgmma holds them
+//     Held before<kN>(GatherItem)         reads what arrives while the products run
+//     void after<kN>(sums, held, ring, GatherItem)  sums as ptx::wgmma holds them
 //
 // `Scratch` is what consumers share besides the stages.
 
@@ -47,56 +48,68 @@ struct alignas(1024) GatherStages {
   Scratch scratch;
 };
 
+template <int kMatrices>
 struct GatherOperands {
-  CUtensorMap tokens;  // [rows, hidden]
-  int first_token;     // the chunk's first row of them
-  CUtensorMap boxes;   // [neurons, hidden], for adjacent rows
-  const uint4* rows;   // the same, to be gathered
+  CUtensorMap tokens;            // [rows, hidden]
+  int first_token;               // the chunk's first row of them
+  CUtensorMap boxes[kMatrices];  // [neurons, hidden], for adjacent rows
+  const uint4* rows[kMatrices];  // the same, to be gathered
 };
 
-inline Status make_operands(GatherOperands& operands, const ForwardChunk& chunk,
-                            const Tokens& tokens, const void* weights) {
+template <int kMatrices>
+Status make_operands(GatherOperands<kMatrices>& operands, const ForwardChunk& chunk,
+                     const Tokens& tokens, const void* const (&weights)[kMatrices]) {
   operands.first_token = tokens.first;
-  operands.rows = static_cast<const uint4*>(weights);
-  Status status =
-      make_tensor_map(operands.tokens, tokens.x, tokens.rows, chunk.hidden, kTileTokens);
-  if (!status.ok()) return status;
-  return make_tensor_map(operands.boxes, weights, chunk.neurons, chunk.hidden, kUnionStep);
+  if (Status status =
+          make_tensor_map(operands.tokens, tokens.x, tokens.rows, chunk.hidden, kTileTokens);
+      !status.ok()) {
+    return status;
+  }
+  for (int matrix = 0; matrix < kMatrices; ++matrix) {
+    operands.rows[matrix] = static_cast<const uint4*>(weights[matrix]);
+    if (Status status = make_tensor_map(operands.boxes[matrix], weights[matrix], chunk.neurons,
+                                        chunk.hidden, kUnionStep);
+        !status.ok()) {
+      return status;
+    }
+  }
+  return {};
 }
+
+struct GatherItem : UnionItem {
+  int matrix;  // of the operands
+};
 
 // The items of a chunk's schedule that this CTA works on, one after the other.
 template <class Epilogue>
 class Items {
  public:
-  __device__ Items(const ForwardChunk& chunk, const Epilogue& epilogue)
-      : schedule_(*chunk.schedule), epilogue_(epilogue), count_(schedule_.item_count) {
-    find();
+  __device__ explicit Items(const ForwardChunk& chunk)
+      : schedule_(*chunk.schedule), count_(Epilogue::count(schedule_) * Epilogue::kMatrices) {
+    read();
   }
   __device__ __forceinline__ bool more() const { return at_ < count_; }
-  __device__ __forceinline__ UnionItem item() const { return item_; }
+  __device__ __forceinline__ GatherItem item() const { return item_; }
   __device__ __forceinline__ void advance() {
-    at_ += gridDim.x;
-    find();
+    at_ += static_cast<int>(gridDim.x);
+    read();
   }
 
  private:
-  __device__ __forceinline__ void find() {
-    for (; at_ < count_; at_ += gridDim.x) {
-      item_ = schedule_.items[at_];
-      if (epilogue_.takes(item_)) return;
-    }
+  __device__ __forceinline__ void read() {
+    if (more()) item_ = {schedule_.items[at_ / Epilogue::kMatrices], at_ % Epilogue::kMatrices};
   }
 
   const Schedule& schedule_;
-  const Epilogue& epilogue_;
   const int count_;
-  int at_ = blockIdx.x;
-  UnionItem item_ = {};
+  int at_ = static_cast<int>(blockIdx.x);
+  GatherItem item_ = {};
 };
 
 template <class Stages, class Epilogue>
 __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk,
-                                       const GatherOperands& operands, const Epilogue& epilogue) {
+                                       const GatherOperands<Epilogue::kMatrices>& operands,
+                                       const Epilogue& epilogue) {
   constexpr int kPieces = kTileHidden / 8;             // 16-byte pieces of a row
   constexpr int kRows = Gather::kProducers / kPieces;  // rows at a time
   constexpr int kTurns = kUnionStep / kRows;           // to gather kUnionStep rows
@@ -109,8 +122,8 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
       ptx::shared_address(shared.weights) + row * 128 + ((piece ^ (row % 8)) * 16);
   GatherRing ring;
 #pragma unroll 1
-  for (Items<Epilogue> items(chunk, epilogue); items.more(); items.advance()) {
-    const UnionItem item = items.item();
+  for (Items<Epilogue> items(chunk); items.more(); items.advance()) {
+    const GatherItem item = items.item();
     const UnionEntry* entries = chunk.unions +
                                 static_cast<std::size_t>(item.tile) * chunk.capacity +
                                 item.first * kUnionItem;
@@ -143,7 +156,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
                       step * kTileHidden, operands.first_token + item.tile * kTileTokens);
       }
       const bool inside = step * kTileHidden + piece * 8 < chunk.hidden;
-      const uint4* source = operands.rows + (inside ? step * kPieces : 0);
+      const uint4* source = operands.rows[item.matrix] + (inside ? step * kPieces : 0);
       const std::uint32_t stage_target = target + stage * sizeof(shared.weights[0]);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -155,8 +168,9 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
                                inside);
           }
         } else if (threadIdx.x == 0 && group_row[group] >= 0) {
-          ptx::tma_load(shared.weights[stage] + group * kGroupElements, &operands.boxes,
-                        &shared.full[stage], step * kTileHidden, group_row[group]);
+          ptx::tma_load(shared.weights[stage] + group * kGroupElements,
+                        &operands.boxes[item.matrix], &shared.full[stage], step * kTileHidden,
+                        group_row[group]);
         }
       }
       ptx::copy_async_arrive(&shared.full[stage]);
@@ -168,7 +182,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
 template <int kN, class Stages, class Consumer>
 __device__ __forceinline__ void multiply_item(Stages& shared, GatherRing& ring,
                                               const ForwardChunk& chunk, Consumer& consumer,
-                                              UnionItem item, int half) {
+                                              GatherItem item, int half) {
   const auto held = consumer.template before<kN>(item);
   float sums[kN / 2];
   multiply<kN, ptx::Major::kInner, ptx::Major::kInner, Filler::kTmaAndThreads>(
@@ -186,11 +200,11 @@ __device__ __forceinline__ void consume(Stages& shared, const ForwardChunk& chun
                                         const Epilogue& epilogue, int half) {
   typename Epilogue::Consumer consumer(epilogue, chunk, shared, half);
   GatherRing ring;
-  Items<Epilogue> items(chunk, epilogue);
+  Items<Epilogue> items(chunk);
   if (items.more()) consumer.look_ahead(items.item());
 #pragma unroll 1
   while (items.more()) {
-    const UnionItem item = items.item();
+    const GatherItem item = items.item();
     consumer.begin();
     items.advance();
     if (items.more()) consumer.look_ahead(items.item());
@@ -213,7 +227,7 @@ __device__ __forceinline__ void consume(Stages& shared, const ForwardChunk& chun
 // The body of a kernel of Gather::kThreads.
 template <class Epilogue>
 __device__ __forceinline__ void multiply_items(const ForwardChunk& chunk,
-                                               const GatherOperands& operands,
+                                               const GatherOperands<Epilogue::kMatrices>& operands,
                                                const Epilogue& epilogue) {
   extern __shared__ std::uint8_t raw[];
   auto& shared = aligned_shared<GatherStages<typename Epilogue::Scratch>>(raw);

@@ -25,8 +25,11 @@ Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists
                              const void* dy, const WeightGradients& gradients, int multiprocessors,
                              cudaStream_t stream);
 
-// The backward's, as in backward.h; the coefficients of those tiles only whose columns the forward
-// has kept.
+// Of the tiles whose columns the forward has not kept: g into the place of h, u into that of du.
+Status launch_remake(const BackwardChunk& chunk, const FfnWeights& weights, int multiprocessors,
+                     cudaStream_t stream);
+
+// The backward's, as in backward.h; the coefficients after launch_remake.
 Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
                            int multiprocessors, cudaStream_t stream);
 Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,

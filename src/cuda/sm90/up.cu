@@ -12,6 +12,7 @@ namespace {
 struct UpEpilogue {
   using Sources = std::uint32_t[kUnionItem];  // where an item's columns are, for one half
   static constexpr std::uint32_t kAbsent = ~0u;
+  static constexpr int kMatrices = 1;
 
   struct Scratch {
     Sources sources[2][Gather::kConsumers];  // by turn
@@ -20,7 +21,7 @@ struct UpEpilogue {
 
   class Consumer;
 
-  __device__ bool takes(UnionItem) const { return true; }
+  __device__ static int count(const Schedule& schedule) { return schedule.item_count; }
   __device__ void fill(Stages&, GatherRing&, const ForwardChunk&, UnionItem) const {}
 };
 
@@ -123,7 +124,7 @@ class UpEpilogue::Consumer {
 };
 
 __global__ void __launch_bounds__(Gather::kThreads, 1)
-    up_kernel(const ForwardChunk chunk, const __grid_constant__ GatherOperands operands) {
+    up_kernel(const ForwardChunk chunk, const __grid_constant__ GatherOperands<1> operands) {
   multiply_items(chunk, operands, UpEpilogue{});
 }
 
@@ -131,8 +132,8 @@ __global__ void __launch_bounds__(Gather::kThreads, 1)
 
 Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,
                  cudaStream_t stream) {
-  GatherOperands operands;
-  if (Status status = make_operands(operands, chunk, x, up); !status.ok()) return status;
+  GatherOperands<1> operands;
+  if (Status status = make_operands<1>(operands, chunk, x, {up}); !status.ok()) return status;
   return launch(up_kernel, multiprocessors, Gather::kThreads, kGatherBytes<UpEpilogue>, stream,
                 chunk, operands);
 }
