@@ -54,6 +54,7 @@ class Backward {
     f.neurons = static_cast<int>(problem_.neurons);
     f.blocks = ceil_div(f.neurons, kBlockNeurons);
     f.capacity = static_cast<int>(layout_.capacity);
+    f.multiprocessors = multiprocessors_;
     f.masks = at<std::uint32_t>(layout_.masks);
     f.unions = at<UnionEntry>(layout_.unions);
     f.counts = at<std::int32_t>(layout_.counts);

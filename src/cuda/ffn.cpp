@@ -41,6 +41,7 @@ class Forward {
     c.neurons = static_cast<int>(problem_.neurons);
     c.blocks = static_cast<int>(layout_.blocks);
     c.capacity = static_cast<int>(layout_.capacity);
+    c.multiprocessors = multiprocessors_;
     c.masks = at<std::uint32_t>(layout_.masks);
     c.columns = at<std::uint32_t>(layout_.columns);
     c.unions = at<UnionEntry>(layout_.unions);

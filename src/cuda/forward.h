@@ -31,11 +31,13 @@ struct UnionEntry {
   }
 };
 
-// One piece of up work: positions [256 first, 256 first + 64 (steps + 1)) of a tile's union.
+// One piece of up work: positions [64 first, 64 (first + steps + 1)) of a tile's union.
 struct UnionItem {
   std::uint16_t tile;
-  std::uint8_t first;
-  std::uint8_t steps;
+  std::uint16_t first : 12;
+  std::uint16_t steps : 4;
+
+  __host__ __device__ int first_position() const { return first * kUnionStep; }
 };
 
 static_assert(sizeof(UnionEntry) == 8 && sizeof(UnionItem) == 4);
@@ -65,12 +67,13 @@ struct SavedColumns {
 
 // What the kernels of one chunk of tokens share.
 struct ForwardChunk {
-  int tokens;    // rows of x in this chunk
-  int tiles;     // ceil(tokens / 128)
-  int hidden;    // K
-  int neurons;   // N
-  int blocks;    // ceil(N / 256)
-  int capacity;  // N rounded up to a multiple of 64
+  int tokens;           // rows of x in this chunk
+  int tiles;            // ceil(tokens / 128)
+  int hidden;           // K
+  int neurons;          // N
+  int blocks;           // ceil(N / 256)
+  int capacity;         // N rounded up to a multiple of 64
+  int multiprocessors;  // that share the items; 0: items as large as they may be
 
   std::uint32_t* masks;    // [2 tiles, blocks, 8]: a bit for each neuron
   std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: block b's n-th used column at 256 b + n

@@ -16,7 +16,7 @@ inline constexpr int kBlockNeurons = 256;  // neurons of one piece of gate work
 inline constexpr int kMaskWords = kBlockNeurons / 32;
 inline constexpr int kColumnWords = kHalfTokens / 2;
 inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of this
-inline constexpr int kUnionItem = 256;  // union positions of one piece of up work
+inline constexpr int kUnionItem = 256;  // union positions of the largest piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
 inline constexpr int kScheduleHeader = 12;  // bytes before the pieces of up work
 
@@ -95,8 +95,7 @@ struct ForwardLayout {
     counts = carve.take(tiles * 4);
     h = carve.take(2 * tiles * capacity * kColumnBytes);
     order = carve.take(tiles * 4);
-    schedule =
-        carve.take(kScheduleHeader + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
+    schedule = carve.take(kScheduleHeader + tiles * capacity / kUnionStep * 4);
     activity = carve.take(plan.problem.neurons * 4);
     partial_l1 = carve.take(all_tiles * 4);
     bytes = carve.bytes();
@@ -189,8 +188,7 @@ struct BackwardLayout {
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
     order = carve.take(tiles * 4);
-    schedule =
-        carve.take(kScheduleHeader + tiles * ceil_div<std::int64_t>(capacity, kUnionItem) * 4);
+    schedule = carve.take(kScheduleHeader + tiles * capacity / kUnionStep * 4);
     for (const int i : {0, 1, 2}) {
       const bool exists = i != 1 || inputs == 2;
       coefficients[i] = carve.take(exists ? 2 * tiles * capacity * kColumnBytes : 0);

@@ -88,6 +88,44 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
   if (threadIdx.x == 0) chunk.counts[tile] = count;
 }
 
+// How many steps the largest items have: as many as they may, unless the multiprocessors, each of
+// which takes every so-manieth item, longest first, would be done sooner with smaller ones. An item
+// costs a step more than it has, for its tokens.
+__device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const int* counts) {
+  __shared__ int items[kStepCounts][kStepCounts];  // [most - 1, steps - 1]
+  __shared__ int costs[kStepCounts];
+  if (chunk.multiprocessors == 0) return kStepCounts;
+  if (threadIdx.x < kStepCounts * kStepCounts) (&items[0][0])[threadIdx.x] = 0;
+  __syncthreads();
+  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
+    const int all = ceil_div(counts[tile], kUnionStep);
+#pragma unroll
+    for (int most = 1; most <= kStepCounts; ++most) {
+      if (all >= most) atomicAdd(&items[most - 1][most - 1], all / most);
+      if (all % most != 0) atomicAdd(&items[most - 1][all % most - 1], 1);
+    }
+  }
+  __syncthreads();
+  if (const int most = static_cast<int>(threadIdx.x) + 1; most <= kStepCounts) {
+    int cost = 0, end = 0;
+    int next = 0;  // of the items of the multiprocessor with most to do
+    for (int steps = most; steps > 0; --steps) {
+      end += items[most - 1][steps - 1];
+      const int taken = end > next ? ceil_div(end - next, chunk.multiprocessors) : 0;
+      next += taken * chunk.multiprocessors;
+      cost += taken * (steps + 1);
+    }
+    costs[most - 1] = cost;
+  }
+  __syncthreads();
+  int best = kStepCounts;
+#pragma unroll
+  for (int most = kStepCounts - 1; most > 0; --most) {
+    if (costs[most - 1] < costs[best - 1]) best = most;
+  }
+  return best;
+}
+
 // Items of tiles whose g and u must be made anew, then all others, each longest first, and tiles by
 // falling count; ties by index, so that it is deterministic.
 __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
@@ -99,6 +137,7 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
   }
   __syncthreads();
 
+  const int most = choose_steps(chunk, counts);
   int items = 0;
   int turn = 0;
   const auto append = [&](int steps, bool anew) {
@@ -106,22 +145,23 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
       const int tile = first + static_cast<int>(threadIdx.x);
       const bool takes = tile < chunk.tiles && (backward && chunk.kept_place(tile) < 0) == anew;
       const int all = takes ? ceil_div(counts[tile], kUnionStep) : 0;
-      const int whole = all / kStepCounts;
-      const bool has_rest = steps < kStepCounts && all % kStepCounts == steps;
-      const int mine = steps == kStepCounts ? whole : has_rest;
+      const int whole = all / most;
+      const bool has_rest = steps < most && all % most == steps;
+      const int mine = steps == most ? whole : has_rest;
       int total;
       int at = items + exclusive_sum(mine, scratch[turn], total);
       for (int i = 0; i < mine; ++i) {
-        chunk.schedule->items[at + i] = {static_cast<std::uint16_t>(tile),
-                                         static_cast<std::uint8_t>(has_rest ? whole : i),
-                                         static_cast<std::uint8_t>(steps - 1)};
+        UnionItem& item = chunk.schedule->items[at + i];
+        item.tile = tile;
+        item.first = (has_rest ? whole : i) * most;
+        item.steps = steps - 1;
       }
       items += total;
     }
   };
-  for (int steps = kStepCounts; backward && steps > 0; --steps) append(steps, true);
+  for (int steps = most; backward && steps > 0; --steps) append(steps, true);
   if (threadIdx.x == 0) chunk.schedule->anew = items;
-  for (int steps = kStepCounts; steps > 0; --steps) append(steps, false);
+  for (int steps = most; steps > 0; --steps) append(steps, false);
   if (threadIdx.x == 0) chunk.schedule->item_count = items;
 
   for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {

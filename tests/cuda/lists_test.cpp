@@ -6,7 +6,9 @@
 #include <array>
 #include <cmath>
 #include <random>
+#include <set>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/forward.h"
@@ -91,7 +93,7 @@ class CudaLists : public GpuTest, public ::testing::WithParamInterface<std::tupl
   }
 
   std::size_t schedule_words() const {
-    return kScheduleHeader / 4 + host.tiles * ceil_div(host.capacity, kUnionItem);
+    return kScheduleHeader / 4 + host.tiles * host.capacity / kUnionStep;
   }
 
   const Columns host{300, std::get<0>(GetParam()), std::get<1>(GetParam())};
@@ -146,7 +148,7 @@ TEST_P(CudaLists, MatchTheColumns) {
     ASSERT_EQ(got_counts[tile], count);
     const int steps = ceil_div(count, kUnionStep);
     for (int step = 0; step < steps; step += 4) {
-      want_items.emplace_back(tile, step / 4, std::min(steps - step, 4) - 1);
+      want_items.emplace_back(tile, step, std::min(steps - step, 4) - 1);
     }
     for (int i = 0; i < steps * kUnionStep; ++i) {
       const UnionEntry entry = got_unions[tile * host.capacity + i];
@@ -174,7 +176,7 @@ TEST_P(CudaLists, MatchTheColumns) {
   std::vector<Item> items;
   for (int i = 0; i < words[0]; ++i) {
     const auto word = static_cast<std::uint32_t>(words[kScheduleHeader / 4 + i]);
-    items.emplace_back(word & 0xffffu, word >> 16 & 0xffu, word >> 24);
+    items.emplace_back(word & 0xffffu, word >> 16 & 0xfffu, word >> 28);
     if (i > 0) {
       EXPECT_LE(std::get<2>(items[i]), std::get<2>(items[i - 1]));
     }
@@ -291,6 +293,58 @@ TEST_P(CudaLists, ScheduleWhatIsMadeAnewFirst) {
   EXPECT_EQ(words[2], anew);
   for (int i = 0; i < words[0]; ++i) {
     EXPECT_EQ((words[kScheduleHeader / 4 + i] & 0xffff) != 0, i < anew) << i;
+  }
+}
+
+// Whatever the number of multiprocessors, every piece once; and smaller ones than need be only if
+// there are too few for all.
+TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
+  const DeviceBuffer masks(host.masks);
+  const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
+  const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
+  ForwardChunk chunk = {};
+  chunk.tiles = host.tiles;
+  chunk.neurons = host.neurons;
+  chunk.blocks = host.blocks;
+  chunk.capacity = host.capacity;
+  chunk.masks = masks.as<std::uint32_t>();
+  chunk.unions = unions.as<UnionEntry>();
+  chunk.counts = counts.as<std::int32_t>();
+  chunk.order = order.as<std::int32_t>();
+  int all_steps = 0, fewest = 0;
+  for (int tile = 0; tile < host.tiles; ++tile) {
+    all_steps += padded_count(tile) / kUnionStep;
+    fewest += ceil_div(padded_count(tile), kUnionItem);
+  }
+  for (const int multiprocessors : {1, 4, 16, 132}) {
+    SCOPED_TRACE(multiprocessors);
+    const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
+    chunk.schedule = schedule.as<Schedule>();
+    chunk.multiprocessors = multiprocessors;
+    ASSERT_TRUE(launch_unions(chunk, nullptr).ok());
+    require_cuda(cudaDeviceSynchronize());
+    EXPECT_TRUE(schedule.guard_intact());
+    const auto words = schedule.download<std::int32_t>();
+    std::set<std::pair<int, int>> pieces;  // tile, step
+    std::uint32_t steps = 4;
+    for (int i = 0; i < words[0]; ++i) {
+      const auto word = static_cast<std::uint32_t>(words[kScheduleHeader / 4 + i]);
+      EXPECT_LE((word >> 28) + 1, steps);
+      steps = (word >> 28) + 1;
+      for (std::uint32_t step = 0; step < steps; ++step) {
+        const int tile = word & 0xffffu, first = word >> 16 & 0xfffu;
+        ASSERT_LT(tile, host.tiles);
+        EXPECT_LT(first + step, padded_count(tile) / kUnionStep);
+        EXPECT_TRUE(pieces.emplace(tile, first + step).second);
+      }
+    }
+    EXPECT_EQ(static_cast<int>(pieces.size()), all_steps);
+    if (multiprocessors == 1) {
+      EXPECT_EQ(words[0], fewest);
+    }
+    if (multiprocessors >= all_steps) {
+      EXPECT_EQ(words[0], all_steps);
+    }
   }
 }
 

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll 1
   for (int i = blockIdx.x; i < schedule.item_count; i += gridDim.x) {
     const UnionItem item = schedule.items[i];
-    const int first = item.first * kUnionItem;
+    const int first = item.first_position();
 #pragma unroll 1
     for (int step = 0; step <= item.steps; ++step) {
       make_coefficients<kGated>(chunk, weights, grad_l1, item.tile, first + step * kUnionStep);

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll 1
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const UnionItem item = chunk.schedule->items[i];
-    int first = item.first * kUnionItem;
+    int first = item.first_position();
     const int end = first + (item.steps + 1) * kUnionStep;
 #pragma unroll 1
     for (; first + kColumns <= end; first += kColumns) {

@@ -46,7 +46,7 @@ struct CoefficientsEpilogue {
           const int of_half = place >= 0
                                   ? static_cast<int>(SavedColumns::column(place, half, count))
                                   : (2 * item.tile + half) * forward.capacity;
-          const int column = of_half + item.first * kUnionItem + step * kUnionStep;
+          const int column = of_half + item.first_position() + step * kUnionStep;
           for (int factor = 0; factor < kFactors; ++factor) {
             ptx::tma_load(box(shared, stage, factor, half), &columns[factor], &shared.full[stage],
                           0, column);
@@ -98,7 +98,7 @@ class CoefficientsEpilogue<kGated>::Consumer {
       const int column = 2 * quad + parity;
       offsets[parity] = column * kColumnWords + ((word / 4) ^ column) * 4 + word % 4;
     }
-    const int first = item.first * kUnionItem + 2 * quad;  // this thread's first position
+    const int first = item.first_position() + 2 * quad;  // this thread's first position
     const std::size_t half_tile = 2 * item.tile + half_;
     const std::size_t at = (half_tile * chunk_.forward.capacity + first) * kColumnWords + word;
     std::uint32_t* dg = chunk_.dg + at;

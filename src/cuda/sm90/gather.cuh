@@ -124,9 +124,8 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
 #pragma unroll 1
   for (Items<Epilogue> items(chunk); items.more(); items.advance()) {
     const GatherItem item = items.item();
-    const UnionEntry* entries = chunk.unions +
-                                static_cast<std::size_t>(item.tile) * chunk.capacity +
-                                item.first * kUnionItem;
+    const UnionEntry* entries =
+        chunk.unions + static_cast<std::size_t>(item.tile) * chunk.capacity + item.first_position();
     std::uint32_t offsets[kGroups * kTurns];  // in pieces of 16 bytes
     bool gathered[kGroups];  // by all threads; else by TMA, the rows being adjacent
     int group_row[kGroups];

@@ -25,7 +25,7 @@ Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists
                              const void* dy, const WeightGradients& gradients, int multiprocessors,
                              cudaStream_t stream);
 
-// Of the tiles whose columns the forward has not kept: g into the place of h, and u into that of du.
+// Of the tiles whose columns the forward has not kept: g into the place of h, u into that of du.
 Status launch_remake(const BackwardChunk& chunk, const FfnWeights& weights, int multiprocessors,
                      cudaStream_t stream);
 

@@ -35,7 +35,7 @@ class RemakeEpilogue<kGated>::Consumer {
   __device__ __forceinline__ void look_ahead(GatherItem item) {
     const UnionEntry* entries = chunk_.unions +
                                 static_cast<std::size_t>(item.tile) * chunk_.capacity +
-                                item.first * kUnionItem + threadIdx.x % 32;
+                                item.first_position() + threadIdx.x % 32;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       next_[w] = w < (item.steps + 1) * (kUnionStep / 32) ? entries[32 * w].neuron : 0;
@@ -62,7 +62,7 @@ class RemakeEpilogue<kGated>::Consumer {
     const int quad = threadIdx.x % 4;
     const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;  // of a column
     const std::size_t half_tile = 2 * item.tile + half_;
-    const int first = item.first * kUnionItem + 2 * quad;  // this thread's first position
+    const int first = item.first_position() + 2 * quad;  // this thread's first position
     std::uint32_t* out = epilogue_.columns[item.matrix] +
                          (half_tile * chunk_.capacity + first) * kColumnWords + word;
     const bool decides = item.matrix == 0;

@@ -37,7 +37,7 @@ class UpEpilogue::Consumer {
     if (first >= (item.steps + 1) * kUnionStep) return;
     const uint4 pair = *reinterpret_cast<const uint4*>(
         chunk_.unions + static_cast<std::size_t>(item.tile) * chunk_.capacity +
-        item.first * kUnionItem + first);
+        item.first_position() + first);
     const UnionEntry entries[2] = {{pair.x, pair.y}, {pair.z, pair.w}};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -80,7 +80,7 @@ class UpEpilogue::Consumer {
   template <int kN>
   __device__ __forceinline__ void after(const float (&sums)[kN / 2], const Held<kN>& held,
                                         GatherRing&, UnionItem item) const {
-    const int first = item.first * kUnionItem + 2 * quad();  // this thread's first position
+    const int first = item.first_position() + 2 * quad();  // this thread's first position
     std::uint32_t* h =
         chunk_.h + (half_tile(item) * chunk_.capacity + first) * kColumnWords + word();
     const bool saves = held.place >= 0;
