@@ -1,6 +1,7 @@
 """Times the CUDA forward against PyTorch's bf16 dense FFN in the same process, with L2 flushed.
 
 usage: cuda_ffn.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE [--commit ID]
+                   [--only prefill|decode] [--cases "layer 5,29 uniform"] [--tokens 131072,16384]
 
 Medians of CUDA events. A case is a layer of the traces, N neurons chosen at random per token, or
 random weights (half of the gate's values positive). The input that gives a pattern is found by
@@ -220,13 +221,13 @@ def load_library(path):
     return library
 
 
-def parse_arguments(description):
+def make_parser(description):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--library", required=True)
     parser.add_argument("--traces", required=True)
     parser.add_argument("--json", required=True)
     parser.add_argument("--commit", default="unknown")
-    return parser.parse_args()
+    return parser
 
 
 def write_report(arguments, rows):
@@ -248,23 +249,39 @@ def write_report(arguments, rows):
 
 
 def main():
-    arguments = parse_arguments(__doc__)
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", choices=("prefill", "decode"), help="default: both")
+    parser.add_argument("--cases", type=lambda text: text.split(","), help="default: all")
+    parser.add_argument(
+        "--tokens", type=lambda text: [int(m) for m in text.split(",")], help="default: all"
+    )
+    arguments = parser.parse_args()
     library = load_library(arguments.library)
     torch.manual_seed(0)
     up = random_weight(NEURONS, HIDDEN**-0.5)
     down = random_weight(NEURONS, NEURONS**-0.5)
+    inputs = {
+        f"layer {layer}": lambda layer=layer: fit(trace_pattern(arguments.traces, layer))
+        for layer in (1, 2, 4, 5, 7)
+    }
+    inputs["29 uniform"] = lambda: fit(uniform_pattern(29))
+    inputs["50% active"] = lambda: (
+        torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(),
+        up.roll(1, 0),
+    )
 
     rows = []
-    for layer in (1, 2, 4, 5, 7):
-        x, gate = fit(trace_pattern(arguments.traces, layer))
-        for tokens in PREFILL if layer == 5 else PREFILL[:2]:
-            rows.append(prefill(library, f"layer {layer}", x, gate, up, down, tokens))
-        if layer == 5:
-            rows += [decode(library, "layer 5", x, gate, tokens) for tokens in DECODE]
-    x, gate = fit(uniform_pattern(29))
-    rows += [prefill(library, "29 uniform", x, gate, up, down, m) for m in PREFILL[:2]]
-    x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(), up.roll(1, 0)
-    rows += [prefill(library, "50% active", x, gate, up, down, m) for m in PREFILL[:2]]
+    for case, make in inputs.items():
+        sizes = [] if arguments.only == "decode" else PREFILL if case == "layer 5" else PREFILL[:2]
+        decoded = DECODE if case == "layer 5" and arguments.only != "prefill" else ()
+        if arguments.tokens:
+            sizes = [m for m in sizes if m in arguments.tokens]
+            decoded = [m for m in decoded if m in arguments.tokens]
+        if (arguments.cases and case not in arguments.cases) or not (sizes or decoded):
+            continue
+        x, gate = make()
+        rows += [prefill(library, case, x, gate, up, down, tokens) for tokens in sizes]
+        rows += [decode(library, case, x, gate, tokens) for tokens in decoded]
 
     write_report(arguments, rows)
 

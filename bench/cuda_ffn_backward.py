@@ -17,8 +17,8 @@ from cuda_ffn import (
     dense,
     fit,
     load_library,
+    make_parser,
     median_ms,
-    parse_arguments,
     random_weight,
     relative_error,
     stage_ms,
@@ -115,7 +115,7 @@ def measure(library, case, x, gate, up, down, tokens=TOKENS):
 
 
 def main():
-    arguments = parse_arguments(__doc__)
+    arguments = make_parser(__doc__).parse_args()
     library = load_library(arguments.library)
     torch.manual_seed(0)
     up = random_weight(NEURONS, HIDDEN**-0.5)

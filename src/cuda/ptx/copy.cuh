@@ -18,6 +18,13 @@ __device__ __forceinline__ void copy_async_16(std::uint32_t shared, const void* 
                : "memory");
 }
 
+// Keeps `pointer` in registers of its own instead of having it derived anew for each use, which
+// would have to wait until the load units have read the copy before last's address.
+template <class T>
+__device__ __forceinline__ void pin(const T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
 // Closes the group of this thread's copies since the last call.
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -57,64 +57,113 @@ struct Piece {
         steps(ceil_div(chunk.counts[tile], kUnionStep)) {}
 };
 
+// What a warp gathers in four steps, a UnionEntry::neuron in each lane. It is read four steps
+// ahead, because a load may return only after the copies that were issued before it.
+struct Lookahead {
+  static constexpr int kSteps = 4;
+
+  // [j], lane l: of step 2 j + l / 16 and in it row 16 (l % 16 / 4) + 4 warp + l % 4.
+  std::uint32_t rows[2];
+  std::uint32_t edges;  // lane l: of step l % 8 / 2 the first row (l even) or the last
+
+  __device__ __forceinline__ void read(const UnionEntry* entries, int first, int steps) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int step = min(first + 2 * j + lane / 16, steps - 1);
+      rows[j] = entries[step * kUnionStep + lane % 16 / 4 * 16 + warp * 4 + lane % 4].neuron;
+    }
+    const int step = min(first + lane % 8 / 2, steps - 1);
+    edges = entries[step * kUnionStep + lane % 2 * (kUnionStep - 1)].neuron;
+  }
+  __device__ __forceinline__ UnionEntry first(int step) const {
+    return {__shfl_sync(~0u, edges, 2 * step), 0};
+  }
+  __device__ __forceinline__ UnionEntry last(int step) const {
+    return {__shfl_sync(~0u, edges, 2 * step + 1), 0};
+  }
+  // Row 16 turn + threadIdx.x / 8.
+  __device__ __forceinline__ UnionEntry row(int step, int turn) const {
+    const int lane = step % 2 * 16 + turn * 4 + static_cast<int>(threadIdx.x) % 32 / 8;
+    return {__shfl_sync(~0u, step < 2 ? rows[0] : rows[1], lane), 0};
+  }
+};
+
+// Eight threads copy a row, 128 bytes at a time, so that a thread needs an address for each of its
+// four rows only: an address's registers are busy until the load units have read them.
 template <int kPairs>
 __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
                                         const Operands<kPairs>& operands, int strips) {
-  constexpr int kRows = Config::kProducers / 32;  // at a time: one warp, one row of 512 bytes
+  constexpr int kPieces = 8;                           // 16-byte pieces of 64 outputs
+  constexpr int kRows = Config::kProducers / kPieces;  // rows at a time
+  static_assert(kRows == 16);                          // Lookahead's order
   constexpr int kTurns = kUnionStep / kRows;
+  constexpr int kGroups = Config::kOutputs / 64;
   constexpr int kGroupElements = kUnionStep * 64;  // 64 outputs of each row
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const std::uint32_t target = ptx::shared_address(shared.down) + lane / 8 * (kGroupElements * 2);
-  // Lanes 0 to 15 hold the warp's 16 rows, lane 16 the step's first row and lane 17 its last.
-  const int held = lane < kTurns ? warp + lane * kRows : lane == kTurns ? 0 : kUnionStep - 1;
+  const int row = static_cast<int>(threadIdx.x) / kPieces;
+  const int piece = static_cast<int>(threadIdx.x) % kPieces;
+  const std::uint32_t target =
+      ptx::shared_address(shared.down) + row * 128 + ((piece ^ (row % 8)) * 16);
   Ring<Config::kStages> ring;
 #pragma unroll 1
   for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
-    const Piece piece(chunk, item, strips);
-    const UnionEntry* entries =
-        chunk.unions + static_cast<std::size_t>(piece.tile) * chunk.capacity + held;
-    const int column = piece.column + lane * 8;
-    const bool inside = column < chunk.hidden;
-    const int h_row = 2 * piece.tile * chunk.capacity;
-    UnionEntry next = piece.steps > 0 ? entries[0] : UnionEntry{};
+    const Piece work(chunk, item, strips);
+    const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(work.tile) * chunk.capacity;
+    const int column = work.column + piece * 8;
+    const int h_row = 2 * work.tile * chunk.capacity;
+    Lookahead ahead = {};
+    if (work.steps > 0) ahead.read(entries, 0, work.steps);
 #pragma unroll 1
     for (int p = 0; p < kPairs; ++p) {
       const Pair& pair = operands.pairs[p];
-      const __nv_bfloat16* source = pair.rows + (inside ? column : 0);
+      const __nv_bfloat16* source = pair.rows + column;
 #pragma unroll 1
-      for (int step = 0; step < piece.steps; ++step, ring.advance()) {
-        const UnionEntry mine = next;
-        next = entries[(step + 1 < piece.steps ? step + 1 : 0) * kUnionStep];
-        const int first_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns), 0}.row();
-        const int last_row = UnionEntry{__shfl_sync(~0u, mine.neuron, kTurns + 1), 0}.row();
-        const bool adjacent = last_row - first_row == kUnionStep - 1;
-        const int stage = ring.stage;
-        ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
-        if (threadIdx.x == 0) {
-          ptx::mbarrier_arrive_expect(
-              &shared.full[stage], sizeof(shared.h[0]) + (adjacent ? sizeof(shared.down[0]) : 0));
-          for (int half = 0; half < Config::kConsumers; ++half) {
-            ptx::tma_load(shared.h[stage][half], &pair.h, &shared.full[stage], 0,
-                          h_row + half * chunk.capacity + step * kUnionStep);
-          }
-          for (int group = 0; adjacent && group < Config::kOutputs / 64; ++group) {
-            ptx::tma_load(shared.down[stage] + group * kGroupElements, &pair.down,
-                          &shared.full[stage], piece.column + group * 64, first_row);
-          }
-        }
-        if (!adjacent) {
-          const std::uint32_t stage_target = target + stage * sizeof(shared.down[0]);
+      for (int first = 0; first < work.steps; first += Lookahead::kSteps) {
+        const Lookahead now = ahead;
+        const int next = first + Lookahead::kSteps;
+        ahead.read(entries, next < work.steps ? next : 0, work.steps);
+        const int count = min(Lookahead::kSteps, work.steps - first);
+#pragma unroll 1
+        for (int step = 0; step < count; ++step, ring.advance()) {
+          const int first_row = now.first(step).row();
+          const bool adjacent = now.last(step).row() - first_row == kUnionStep - 1;
+          const __nv_bfloat16* sources[kTurns];
+          bool in_use[kTurns];
 #pragma unroll
           for (int turn = 0; turn < kTurns; ++turn) {
-            const int row = warp + turn * kRows;
-            const UnionEntry entry = {__shfl_sync(~0u, mine.neuron, turn), 0};
-            ptx::copy_async_16(stage_target + row * 128 + (((lane % 8) ^ (row % 8)) * 16),
-                               source + static_cast<std::size_t>(entry.row()) * chunk.hidden,
-                               inside && entry.in_use());
+            const UnionEntry entry = now.row(step, turn);
+            sources[turn] = source + static_cast<std::size_t>(entry.row()) * chunk.hidden;
+            in_use[turn] = entry.in_use();
           }
+          const int stage = ring.stage;
+          ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
+          if (threadIdx.x == 0) {
+            ptx::mbarrier_arrive_expect(
+                &shared.full[stage], sizeof(shared.h[0]) + (adjacent ? sizeof(shared.down[0]) : 0));
+            for (int half = 0; half < Config::kConsumers; ++half) {
+              ptx::tma_load(shared.h[stage][half], &pair.h, &shared.full[stage], 0,
+                            h_row + half * chunk.capacity + (first + step) * kUnionStep);
+            }
+            for (int group = 0; adjacent && group < kGroups; ++group) {
+              ptx::tma_load(shared.down[stage] + group * kGroupElements, &pair.down,
+                            &shared.full[stage], work.column + group * 64, first_row);
+            }
+          }
+          if (!adjacent) {
+            const std::uint32_t stage_target = target + stage * sizeof(shared.down[0]);
+#pragma unroll
+            for (int turn = 0; turn < kTurns; ++turn) {
+#pragma unroll
+              for (int group = 0; group < kGroups; ++group) {
+                ptx::copy_async_16(stage_target + turn * kRows * 128 + group * kGroupElements * 2,
+                                   sources[turn] + group * 64,
+                                   in_use[turn] && column + group * 64 < chunk.hidden);
+              }
+            }
+          }
+          ptx::copy_async_arrive(&shared.full[stage]);
         }
-        ptx::copy_async_arrive(&shared.full[stage]);
       }
     }
   }

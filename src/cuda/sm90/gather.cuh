@@ -126,8 +126,8 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
     const GatherItem item = items.item();
     const UnionEntry* entries =
         chunk.unions + static_cast<std::size_t>(item.tile) * chunk.capacity + item.first_position();
-    std::uint32_t offsets[kGroups * kTurns];  // in pieces of 16 bytes
-    bool gathered[kGroups];  // by all threads; else by TMA, the rows being adjacent
+    const uint4* sources[kGroups * kTurns];  // of the next step
+    bool gathered[kGroups];                  // by all threads; else by TMA, the rows being adjacent
     int group_row[kGroups];
     int bytes = sizeof(shared.tokens[0]);
 #pragma unroll
@@ -141,8 +141,9 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
       bytes += adjacent ? kGroupElements * 2 : 0;
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        offsets[group * kTurns + turn] =
-            mine[turn * kRows + row].row() * (chunk.hidden / 8) + piece;
+        sources[group * kTurns + turn] =
+            operands.rows[item.matrix] +
+            static_cast<std::size_t>(mine[turn * kRows + row].row()) * (chunk.hidden / 8) + piece;
       }
     }
 #pragma unroll 1
@@ -155,7 +156,6 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
                       step * kTileHidden, operands.first_token + item.tile * kTileTokens);
       }
       const bool inside = step * kTileHidden + piece * 8 < chunk.hidden;
-      const uint4* source = operands.rows[item.matrix] + (inside ? step * kPieces : 0);
       const std::uint32_t stage_target = target + stage * sizeof(shared.weights[0]);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -163,8 +163,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
 #pragma unroll
           for (int turn = 0; turn < kTurns; ++turn) {
             const int at = group * kTurns + turn;
-            ptx::copy_async_16(stage_target + at * kRows * 128, source + (inside ? offsets[at] : 0),
-                               inside);
+            ptx::copy_async_16(stage_target + at * kRows * 128, sources[at], inside);
           }
         } else if (threadIdx.x == 0 && group_row[group] >= 0) {
           ptx::tma_load(shared.weights[stage] + group * kGroupElements,
@@ -173,6 +172,11 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
         }
       }
       ptx::copy_async_arrive(&shared.full[stage]);
+#pragma unroll
+      for (const uint4*& source : sources) {
+        source += kPieces;
+        ptx::pin(source);
+      }
     }
     epilogue.fill(shared, ring, chunk, item);
   }
