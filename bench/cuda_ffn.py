@@ -1,6 +1,7 @@
 """Times the CUDA forward against PyTorch's bf16 dense FFN in the same process, with L2 flushed.
 
 usage: cuda_ffn.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE [--commit ID]
+                   [--only prefill|decode]
 
 Medians of CUDA events. A case is a layer of the traces, N neurons chosen at random per token, or
 random weights (half of the gate's values positive). The input that gives a pattern is found by
@@ -198,7 +199,8 @@ def decode(library, case, x, gate, tokens):
 
     times = [graph_ms(call) for call in (run_dense, run_concatenated, run)]
     error = relative_error(y, dense(x, gates[-1], ups[-1], downs_t[-1]))
-    return result(f"{case}, graph", tokens, *times, {}, error)
+    stages = stage_ms(lambda: forward(x, gates[0], ups[0], downs[0], y))
+    return result(f"{case}, graph", tokens, *times, stages, error)
 
 
 def main():
@@ -207,6 +209,7 @@ def main():
     parser.add_argument("--traces", required=True)
     parser.add_argument("--json", required=True)
     parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--only", choices=("prefill", "decode"), help="default: both")
     arguments = parser.parse_args()
     library = ctypes.CDLL(arguments.library)
     library.twell_bench_plan.restype = ctypes.c_void_p
@@ -216,16 +219,18 @@ def main():
     down = random_weight(NEURONS, NEURONS**-0.5)
 
     rows = []
-    for layer in (1, 2, 4, 5, 7):
+    for layer in (5,) if arguments.only == "decode" else (1, 2, 4, 5, 7):
         x, gate = fit(trace_pattern(arguments.traces, layer))
-        for tokens in PREFILL if layer == 5 else PREFILL[:2]:
-            rows.append(prefill(library, f"layer {layer}", x, gate, up, down, tokens))
-        if layer == 5:
+        if arguments.only != "decode":
+            for tokens in PREFILL if layer == 5 else PREFILL[:2]:
+                rows.append(prefill(library, f"layer {layer}", x, gate, up, down, tokens))
+        if layer == 5 and arguments.only != "prefill":
             rows += [decode(library, "layer 5", x, gate, tokens) for tokens in DECODE]
-    x, gate = fit(uniform_pattern(29))
-    rows += [prefill(library, "29 uniform", x, gate, up, down, m) for m in PREFILL[:2]]
-    x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(), up.roll(1, 0)
-    rows += [prefill(library, "50% active", x, gate, up, down, m) for m in PREFILL[:2]]
+    if arguments.only != "decode":
+        x, gate = fit(uniform_pattern(29))
+        rows += [prefill(library, "29 uniform", x, gate, up, down, m) for m in PREFILL[:2]]
+        x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(), up.roll(1, 0)
+        rows += [prefill(library, "50% active", x, gate, up, down, m) for m in PREFILL[:2]]
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     name, driver = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
