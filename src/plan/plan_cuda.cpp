@@ -136,11 +136,11 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   if (!offered.ok()) return offered;
 
   if (takes_few_tokens(problem, options)) {
-    plan.tile_tokens = cuda::kDecodeTokens;
+    plan.tile_tokens = cuda::decode_group(problem.tokens);
     plan.chunk_tokens = cuda::kMaxDecodeTokens;
-    plan.block_neurons = cuda::kDecodeNeurons;
-    plan.heavy_tokens = cuda::kDecodeTokens + 1;  // never: active rows are read one by one
-    plan.workspace_bytes = cuda::DecodeLayout(problem).bytes;
+    plan.block_neurons = cuda::decode_unit(problem.neurons, device.multiprocessors);
+    plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product
+    plan.workspace_bytes = cuda::DecodeLayout(plan).bytes;
     return plan;
   }
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);

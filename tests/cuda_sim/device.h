@@ -32,6 +32,8 @@ using std::max;
 using std::min;
 
 inline int __popc(std::uint32_t bits) { return std::popcount(bits); }
+inline int __popcll(std::uint64_t bits) { return std::popcount(bits); }
+inline int __ffsll(std::uint64_t bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 inline int __ffs(std::uint32_t bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 inline float __uint_as_float(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
