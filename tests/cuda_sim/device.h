@@ -59,6 +59,10 @@ T atomicOr(T* pointer, std::type_identity_t<T> value) {
 }
 
 inline void __syncthreads() { cuda_sim::sync_block(); }
+inline void __syncwarp() {
+  int nothing = 0;
+  cuda_sim::collective("__syncwarp", nothing, [](int* const*) {});
+}
 
 namespace cuda_sim {
 
@@ -120,6 +124,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int bytes) {
-  return static_cast<std::size_t>(bytes) <= cuda_sim::kMaxShared ? cudaSuccess
-                                                                 : cudaErrorInvalidValue;
+  return static_cast<std::size_t>(bytes) <= cuda_sim::settings.max_shared ? cudaSuccess
+                                                                          : cudaErrorInvalidValue;
 }
