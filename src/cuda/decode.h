@@ -1,6 +1,6 @@
 #pragma once
-// The forward for few tokens, bound by reading the weights: the gate is read once per group of
-// tokens, then only the rows of U and D that are active. Runs on sm_80 and newer.
+// The forward for few tokens, bound by reading the weights: the gate is read once, then only the
+// rows of U and D that are active. Runs on sm_80 and newer.
 
 #include <cuda_runtime_api.h>
 
@@ -20,16 +20,16 @@ struct DecodeCall {
   int tokens;
   int hidden;
   int neurons;
-  int groups;
-  int group_tokens;  // 8, 16 or 32
+  int tile_tokens;  // decode_tile(tokens)
   int units;
   int unit_neurons;  // at most kMaxDecodeUnit
-  bool overlap;      // the device can start a kernel before the previous one ends: sm_90 and newer
+  bool overlap;      // a kernel can start before the previous one ends: sm_90 and newer
+  bool bulk;         // there are bulk copies, sm_90 and newer, and shared memory for kBulkRing
 
-  std::uint64_t* masks;    // [groups, units]: a bit for each neuron in use
-  std::uint16_t* h;        // [groups, neurons, group_tokens]: rows of the neurons in use only
+  std::uint64_t* masks;    // [units]: a bit for each neuron in use
+  std::uint16_t* h;        // [neurons, tile_tokens]: rows of the neurons in use only
   std::int32_t* activity;  // [neurons], accumulated; null: no counts wanted
-  float* partial_l1;       // [groups, units]
+  float* partial_l1;       // [units]
 };
 
 // masks, h ← the hidden values, and the counts if wanted.

@@ -34,8 +34,8 @@ TEST_F(CudaForward, MatchesFloat64AtEveryShapeAndDensity) {
   }
 }
 
-// Groups of 8, 16 and 32 tokens, full or not; more than 2048 summed elements, which take several
-// rounds; more neurons than one pass over the lists takes.
+// Tiles of 8, 16, 32 and 64 tokens, full or not; more summed elements than the ring holds; more
+// neurons than one pass over the lists takes.
 TEST_F(CudaForward, MatchesFloat64WithFewTokens) {
   struct Size {
     std::int64_t tokens, hidden, neurons;
@@ -47,6 +47,7 @@ TEST_F(CudaForward, MatchesFloat64WithFewTokens) {
                             {12, 72, 520},
                             {17, 2200, 152},
                             {33, 136, 520},
+                            {64, 1160, 152},
                             {2, 8, 13000}}) {
       for (const double density : {0.1, 1.0}) {
         const Block block(kind, size.tokens, size.hidden, size.neurons, density);
