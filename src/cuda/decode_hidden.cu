@@ -14,19 +14,19 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTile = 16;  // neurons, and summed elements, that are multiplied together
-constexpr int kTiles = kMaxDecodeUnit / kTile;
 
 // The rows of a weight and of x pass through a ring of slots. A slot holds a piece of all of them:
 // kPiece summed elements. kBulk: filled by bulk copies, which want long pieces.
-template <int kTokens, bool kBulk>
+// kRows: as many rows of the weight as fit.
+template <int kTokens, bool kBulk, int kRows>
 struct Ring {
   static constexpr int kPiece = kBulk ? 256 : 128;
   static constexpr int kRow = kPiece + 8;  // so that 8 rows lie in different banks
-  static constexpr int kBytes = (kMaxDecodeUnit + kTokens) * kRow * 2;  // of a slot
+  static constexpr int kBytes = (kRows + kTokens) * kRow * 2;  // of a slot
   static constexpr int kSlots = static_cast<int>((kBulk ? kBulkRing : kRing) / kBytes);
 
   struct Slot {
-    __nv_bfloat16 rows[kMaxDecodeUnit][kRow];
+    __nv_bfloat16 rows[kRows][kRow];
     __nv_bfloat16 x[kTokens][kRow];
   } slots[kSlots];
 };
@@ -42,11 +42,15 @@ struct Split {
 
 template <int kTokens, bool kBulk>
 struct Shared {
+  using Ring = twell::cuda::Ring<kTokens, kBulk, kMaxDecodeUnit>;
+  using FewRows = twell::cuda::Ring<kTokens, kBulk, kTile>;  // more slots
   union {
-    Ring<kTokens, kBulk> ring;
+    Ring ring;
+    FewRows few;
     float sums[Split<kTokens>::kSumWarps][kMaxDecodeUnit][kTokens];
   };
-  std::uint64_t filled[Ring<kTokens, kBulk>::kSlots];
+  std::uint64_t filled[Ring::kSlots];
+  std::uint64_t few_filled[FewRows::kSlots];
   std::uint16_t g[kMaxDecodeUnit][kTokens];
   std::uint8_t list[kMaxDecodeUnit];  // the unit's neurons that are multiplied
   std::uint32_t in_use[2];
@@ -63,19 +67,22 @@ class Multiplier {
 
   // shared.sums ← each warp's part of the tokens' products with the first `count` neurons of
   // shared.list, whose rows are in `weights`. For all threads; shared.sums may be read at once.
+  // With a kRows of kTile only once.
+  template <int kRows>
   __device__ __forceinline__ void run(const __nv_bfloat16* weights, int count) {
     const int pieces = (hidden_ + kPiece - 1) / kPiece;
 #pragma unroll 1
-    for (int p = 0; p < kSlots; ++p) fill(weights, count, p, pieces);
+    for (int p = 0; p < kSlots<kRows>; ++p) fill<kRows>(weights, count, p, pieces);
+    constexpr int kTiles = kRows / kTile;
     float acc[kTiles][kTokens8][4] = {};
 #pragma unroll 1
     for (int p = 0; p < pieces; ++p) {
-      wait(p);
-      multiply(acc, count, p);
-      if (p + kSlots < pieces) __syncthreads();
-      fill(weights, count, p + kSlots, pieces);
+      wait<kRows>(p);
+      multiply<kRows>(acc, count, p);
+      if (p + kSlots<kRows> < pieces) __syncthreads();
+      fill<kRows>(weights, count, p + kSlots<kRows>, pieces);
     }
-    done_ += pieces;
+    if constexpr (kRows == kMaxDecodeUnit) done_ += pieces;
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -105,23 +112,39 @@ class Multiplier {
   }
 
  private:
-  using Ring = twell::cuda::Ring<kTokens, kBulk>;
-  static constexpr int kPiece = Ring::kPiece;
-  static constexpr int kSlots = Ring::kSlots;
+  using All = Shared<kTokens, kBulk>;
+  static constexpr int kPiece = All::Ring::kPiece;
+  static constexpr int kRow = All::Ring::kRow;
+  template <int kRows>
+  static constexpr int kSlots = Ring<kTokens, kBulk, kRows>::kSlots;
   static constexpr int kTokens8 = Split<kTokens>::kTokens8;
 
   __device__ __forceinline__ int sum_warp() const { return warp_ / Split<kTokens>::kTokenWarps; }
   __device__ __forceinline__ int token_warp() const { return warp_ % Split<kTokens>::kTokenWarps; }
 
+  template <int kRows>
+  __device__ __forceinline__ auto& slot_of(int p) const {
+    if constexpr (kRows == kMaxDecodeUnit) {
+      return shared_.ring.slots[(done_ + p) % kSlots<kRows>];
+    } else {
+      return shared_.few.slots[p % kSlots<kRows>];
+    }
+  }
+  template <int kRows>
+  __device__ __forceinline__ std::uint64_t* barrier_of(int p) const {
+    return kRows == kMaxDecodeUnit ? &shared_.filled[(done_ + p) % kSlots<kRows>]
+                                   : &shared_.few_filled[p % kSlots<kRows>];
+  }
+
   // Starts to fill the slot of piece p, if there is one.
+  template <int kRows>
   __device__ __forceinline__ void fill(const __nv_bfloat16* weights, int count, int p, int pieces) {
     const int first = p * kPiece;
-    const int slot = (done_ + p) % kSlots;
-    auto& target = shared_.ring.slots[slot];
+    auto& target = slot_of<kRows>(p);
     if constexpr (kBulk) {
       if (p >= pieces || p % kWarps != warp_) return;
       const std::uint32_t bytes = min(kPiece, hidden_ - first) * 2;
-      std::uint64_t* filled = &shared_.filled[slot];
+      std::uint64_t* filled = barrier_of<kRows>(p);
       if (lane_ == 0) ptx::mbarrier_arrive_expect(filled, (tokens_ + count) * bytes);
       for (int token = lane_; token < tokens_; token += 32) {
         ptx::copy_bulk(target.x[token], from(x_, token, first), bytes, filled);
@@ -149,20 +172,23 @@ class Multiplier {
     return rows + static_cast<std::size_t>(row) * hidden_ + element;
   }
 
+  template <int kRows>
   __device__ __forceinline__ void wait(int p) {
     if constexpr (kBulk) {
-      const int at = done_ + p;
-      ptx::mbarrier_wait(&shared_.filled[at % kSlots], at / kSlots % 2);
+      const int at = kRows == kMaxDecodeUnit ? done_ + p : p;
+      ptx::mbarrier_wait(barrier_of<kRows>(p), at / kSlots<kRows> % 2);
     } else {
-      ptx::copy_async_wait<kSlots - 1>();
+      ptx::copy_async_wait<kSlots<kRows> - 1>();
       __syncthreads();
     }
   }
 
   // acc[neuron, token] += over this warp's part of piece p. What lies in the slot beyond the rows
   // and tokens reaches only sums that nobody uses; beyond the summed elements it must not count.
-  __device__ __forceinline__ void multiply(float (&acc)[kTiles][kTokens8][4], int count, int p) {
-    const auto& slot = shared_.ring.slots[(done_ + p) % kSlots];
+  template <int kRows>
+  __device__ __forceinline__ void multiply(float (&acc)[kRows / kTile][kTokens8][4], int count,
+                                           int p) {
+    const auto& slot = slot_of<kRows>(p);
     const int token = token_warp() * kTokens8 * 8 + lane_ / 16 * 8 + lane_ % 8;
     const std::uint32_t rows =
         ptx::shared_address(&slot.rows[lane_ % 16][sum_warp() * kTile + lane_ / 16 * 8]);
@@ -176,14 +202,14 @@ class Multiplier {
       std::uint32_t b[(kTokens8 + 1) / 2][4];  // of 16 tokens; of 8 twice
 #pragma unroll
       for (int n = 0; n < (kTokens8 + 1) / 2; ++n) {
-        ptx::load_matrices<false>(b[n], x + (n * 16 * Ring::kRow + offset) * 2);
+        ptx::load_matrices<false>(b[n], x + (n * 16 * kRow + offset) * 2);
         if (left < kTile) b[n][1] = b[n][3] = 0;
       }
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
+      for (int m = 0; m < kRows / kTile; ++m) {
         if (m * kTile >= count) break;
         std::uint32_t a[4];
-        ptx::load_matrices<false>(a, rows + (m * kTile * Ring::kRow + offset) * 2);
+        ptx::load_matrices<false>(a, rows + (m * kTile * kRow + offset) * 2);
         if (left < kTile) a[2] = a[3] = 0;
 #pragma unroll
         for (int n = 0; n < kTokens8; ++n) {
@@ -232,7 +258,9 @@ __device__ __forceinline__ void compute_unit(const DecodeCall& call) {
   if (thread < kMaxDecodeUnit) shared.list[thread] = static_cast<std::uint8_t>(thread);
   if (thread < 2) shared.in_use[thread] = 0;
   if constexpr (kBulk) {
-    if (thread < Ring<kTokens, kBulk>::kSlots) ptx::mbarrier_init(&shared.filled[thread], 1);
+    using All = Shared<kTokens, kBulk>;
+    if (thread < All::Ring::kSlots) ptx::mbarrier_init(&shared.filled[thread], 1);
+    if (thread < All::FewRows::kSlots) ptx::mbarrier_init(&shared.few_filled[thread], 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -240,7 +268,7 @@ __device__ __forceinline__ void compute_unit(const DecodeCall& call) {
 
   Multiplier<kTokens, kBulk> products(shared, static_cast<const __nv_bfloat16*>(call.x),
                                       call.tokens, call.hidden);
-  products.run(deciding, exist);
+  products.template run<kMaxDecodeUnit>(deciding, exist);
   for (int i = thread; i < kMaxDecodeUnit * kTokens; i += kThreads) {  // warps as a whole
     const int neuron = i / kTokens;
     const int token = i % kTokens;
@@ -271,7 +299,11 @@ __device__ __forceinline__ void compute_unit(const DecodeCall& call) {
   if (thread == 0) call.masks[unit] = rows;
   __syncthreads();
 
-  if (gated && count > 0) products.run(up, count);
+  if (gated && count > kTile) {
+    products.template run<kMaxDecodeUnit>(up, count);
+  } else if (gated && count > 0) {
+    products.template run<kTile>(up, count);
+  }
   float l1 = 0;
   for (int i = thread; i < count * kTokens; i += kThreads) {
     const int row = i / kTokens;
