@@ -94,30 +94,33 @@ struct Fragments {
   }
 };
 
-// One CTA: 16 outputs of all tokens, y[token, column] summed over the neurons in use. Each warp
-// lists and sums over units of its own; mma.sync pairs neighbouring neurons of the list.
+// One CTA: 16 outputs of a group of tokens, y[token, column] summed over the neurons in use. Each
+// warp lists and sums over units of its own; mma.sync pairs neighbouring neurons of the list.
 template <int kTokens>
 __global__ void __launch_bounds__(kThreads) down_kernel(const DecodeCall call) {
   auto& shared = *ptx::dynamic_shared<Shared<kTokens>>();
+  const int group = blockIdx.y;
   const int warp = threadIdx.x / 32;
   const int r = threadIdx.x % 32 / 4;
   const int q = threadIdx.x % 4;
   const int column = blockIdx.x * kColumns + 2 * r;
   const auto* down =
       column < call.hidden ? static_cast<const __nv_bfloat16*>(call.down) + column : nullptr;
+  const std::uint16_t* h = call.h + static_cast<std::size_t>(group) * call.neurons * kTokens;
+  const std::uint64_t* masks = call.masks + group * call.units;
   std::uint16_t* list = shared.lists[warp];
 
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   float acc[Fragments<kTokens>::kSubtiles][2][4] = {};
   for (int unit = warp; unit < call.units; unit += kWarps * kUnits) {
-    const int count = list_neurons(list, call.masks, unit, call.units, call.unit_neurons);
+    const int count = list_neurons(list, masks, unit, call.units, call.unit_neurons);
     Fragments<kTokens> now, next;
-    next.load(list, 0, count, down, call.h, call.hidden);
+    next.load(list, 0, count, down, h, call.hidden);
 #pragma unroll 2
     for (int step = 0; step < count; step += kStep) {
       now = next;
-      next.load(list, step + kStep, count, down, call.h, call.hidden);
+      next.load(list, step + kStep, count, down, h, call.hidden);
       now.multiply(acc);
     }
     __syncwarp();
@@ -136,12 +139,13 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DecodeCall call) {
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kTokens * kColumns; i += kThreads) {
-    const int token = i / kColumns;
+    const int row = i / kColumns;
+    const int token = group * kTokens + row;
     const int output = blockIdx.x * kColumns + i % kColumns;
     if (token >= call.tokens || output >= call.hidden) continue;
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][token][i % kColumns];
+    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][row][i % kColumns];
     static_cast<__nv_bfloat16*>(call.y)[static_cast<std::size_t>(token) * call.hidden + output] =
         __float2bfloat16_rn(sum);
   }
@@ -149,23 +153,17 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DecodeCall call) {
 
 template <int kTokens>
 Status launch_down(const DecodeCall& call, cudaStream_t stream) {
-  return launch_kernel(call.overlap, down_kernel<kTokens>, ceil_div(call.hidden, kColumns),
-                       kThreads, sizeof(Shared<kTokens>), stream, call);
+  const dim3 grid(ceil_div(call.hidden, kColumns), call.groups);
+  return launch_kernel(call.overlap, down_kernel<kTokens>, grid, kThreads, sizeof(Shared<kTokens>),
+                       stream, call);
 }
 
 }  // namespace
 
 Status launch_decode_down(const DecodeCall& call, cudaStream_t stream) {
-  switch (call.tile_tokens) {
-    case 8:
-      return launch_down<8>(call, stream);
-    case 16:
-      return launch_down<16>(call, stream);
-    case 32:
-      return launch_down<32>(call, stream);
-    default:
-      return launch_down<64>(call, stream);
-  }
+  return call.group_tokens == 8    ? launch_down<8>(call, stream)
+         : call.group_tokens == 16 ? launch_down<16>(call, stream)
+                                   : launch_down<32>(call, stream);
 }
 
 }  // namespace twell::cuda

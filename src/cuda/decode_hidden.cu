@@ -1,8 +1,9 @@
 #include <cuda_bf16.h>
 
+#include <algorithm>
+
 #include "cuda/check.h"
 #include "cuda/decode.h"
-#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/grid.cuh"
@@ -11,221 +12,161 @@
 namespace twell::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 16;  // neurons, and summed elements, that are multiplied together
+constexpr int kTile = 16;         // neurons that are multiplied together
+constexpr int kStep = 32;         // summed elements of a step: 16 bytes of each row per lane
+constexpr int kPair = 2 * kStep;  // of two steps: 128 bytes of each row
+constexpr int kSteps = 4;         // of a warp in a round
+constexpr int kRound = kWarps * kSteps * kStep;  // summed elements of all warps
+constexpr int kTiles = kMaxDecodeUnit / kTile;
 
-// The rows of a weight and of x pass through a ring of slots. A slot holds a piece of all of them:
-// kPiece summed elements. kBulk: filled by bulk copies, which want long pieces.
-// kRows: as many rows of the weight as fit.
-template <int kTokens, bool kBulk, int kRows>
-struct Ring {
-  static constexpr int kPiece = kBulk ? 256 : 128;
-  static constexpr int kRow = kPiece + 8;  // so that 8 rows lie in different banks
-  static constexpr int kBytes = (kRows + kTokens) * kRow * 2;  // of a slot
-  static constexpr int kSlots = static_cast<int>((kBulk ? kBulkRing : kRing) / kBytes);
-
-  struct Slot {
-    __nv_bfloat16 rows[kRows][kRow];
-    __nv_bfloat16 x[kTokens][kRow];
-  } slots[kSlots];
-};
-
-// Warps share a product: kSumWarps parts of the summed dimension by kTokenWarps parts of the
-// tokens.
+// The ring holds what each thread multiplies next: a step's pieces of the rows r and r + 8 of a
+// tile. Nobody else reads them, so that no barrier is needed for them.
 template <int kTokens>
-struct Split {
-  static constexpr int kTokenWarps = kTokens > 32 ? 2 : 1;
-  static constexpr int kSumWarps = kWarps / kTokenWarps;
-  static constexpr int kTokens8 = kTokens / kTokenWarps / 8;  // groups of 8 tokens of a warp
-};
-
-template <int kTokens, bool kBulk>
 struct Shared {
-  using Ring = twell::cuda::Ring<kTokens, kBulk, kMaxDecodeUnit>;
-  using FewRows = twell::cuda::Ring<kTokens, kBulk, kTile>;  // more slots
-  union {
-    Ring ring;
-    FewRows few;
-    float sums[Split<kTokens>::kSumWarps][kMaxDecodeUnit][kTokens];
-  };
-  std::uint64_t filled[Ring::kSlots];
-  std::uint64_t few_filled[FewRows::kSlots];
+  static constexpr int kSlots = kTokens > 16 ? 3 : 4;  // at most kSteps
+  uint4 ring[kSlots][2][kThreads];
+  float sums[kWarps][kTokens / 8][kTile][8];  // [warp, token / 8, neuron, token % 8]
   std::uint16_t g[kMaxDecodeUnit][kTokens];
-  std::uint8_t list[kMaxDecodeUnit];  // the unit's neurons that are multiplied
-  std::uint32_t in_use[2];
+  std::uint32_t in_use[kTiles];
   float l1[kWarps];
 };
 
-// The products of the tokens with rows of a weight.
-template <int kTokens, bool kBulk>
-class Multiplier {
- public:
-  __device__ __forceinline__ Multiplier(Shared<kTokens, kBulk>& shared, const __nv_bfloat16* x,
-                                        int tokens, int hidden)
-      : shared_(shared), x_(x), tokens_(tokens), hidden_(hidden) {}
+// Where a thread stands in the products: lane (r, q) of a warp holds of rows, or tokens, r (and
+// r + 8) the elements 8 q to 8 q + 7 of a step. Both operands are permuted alike, so that the sum
+// is over the same elements.
+struct Place {
+  int warp = static_cast<int>(threadIdx.x) / 32;
+  int row = static_cast<int>(threadIdx.x) % 32 / 4;
+  int quad = static_cast<int>(threadIdx.x) % 4;
 
-  // shared.sums ← each warp's part of the tokens' products with the first `count` neurons of
-  // shared.list, whose rows are in `weights`. For all threads; shared.sums may be read at once.
-  // With a kRows of kTile only once.
-  template <int kRows>
-  __device__ __forceinline__ void run(const __nv_bfloat16* weights, int count) {
-    const int pieces = (hidden_ + kPiece - 1) / kPiece;
-#pragma unroll 1
-    for (int p = 0; p < kSlots<kRows>; ++p) fill<kRows>(weights, count, p, pieces);
-    constexpr int kTiles = kRows / kTile;
-    float acc[kTiles][kTokens8][4] = {};
-#pragma unroll 1
-    for (int p = 0; p < pieces; ++p) {
-      wait<kRows>(p);
-      multiply<kRows>(acc, count, p);
-      if (p + kSlots<kRows> < pieces) __syncthreads();
-      fill<kRows>(weights, count, p + kSlots<kRows>, pieces);
-    }
-    if constexpr (kRows == kMaxDecodeUnit) done_ += pieces;
-    __syncthreads();
+  // Of a step of a round, the thread's first summed element.
+  __device__ __forceinline__ int element(int step) const {
+    return (step / 2 * kWarps + warp) * kPair + step % 2 * kStep + quad * 8;
+  }
+};
+
+// The thread's part of x in a round.
+template <int kTokens>
+struct TokenFragments {
+  uint4 words[kSteps][kTokens / 8];
+
+  __device__ __forceinline__ void load(const __nv_bfloat16* x, int tokens, int hidden, int first) {
+    const Place place;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    for (int s = 0; s < kSteps; ++s) {
+      const int k = first + place.element(s);
 #pragma unroll
-      for (int n = 0; n < kTokens8; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int token = (token_warp() * kTokens8 + n) * 8 + lane_ % 4 * 2;
-          float* out = &shared_.sums[sum_warp()][m * kTile + lane_ / 4 + half * 8][token];
-          *reinterpret_cast<float2*>(out) =
-              make_float2(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
-        }
+      for (int n = 0; n < kTokens / 8; ++n) {
+        const int token = n * 8 + place.row;
+        words[s][n] =
+            k < hidden && token < tokens
+                ? *reinterpret_cast<const uint4*>(x + static_cast<std::size_t>(token) * hidden + k)
+                : make_uint4(0, 0, 0, 0);
       }
     }
-    __syncthreads();
+  }
+};
+
+// The products of a group of tokens with rows of a weight.
+template <int kTokens>
+class Multiplier {
+ public:
+  __device__ __forceinline__ Multiplier(Shared<kTokens>& shared, const __nv_bfloat16* x, int tokens,
+                                        int hidden)
+      : shared_(shared), x_(x), tokens_(tokens), hidden_(hidden) {
+    fragments_.load(x_, tokens_, hidden_, 0);
   }
 
-  // The sum over all warps; before the next run, let_reuse and a barrier.
-  __device__ __forceinline__ float total(int row, int token) const {
-    float sum = 0;
+  // For each tile of 16 of `count` rows, shared.sums ← each warp's part of their dot products with
+  // the tokens; then finish(tile), between barriers. row(i): which row of `weights` the i-th is.
+  template <class Row, class Finish>
+  __device__ __forceinline__ void run(const __nv_bfloat16* weights, int count, const Row& row,
+                                      const Finish& finish) {
+    const auto copy = [&](const Source& source, int step, int slot) {
+      const int k = source.first + place_.element(step);
 #pragma unroll
-    for (int w = 0; w < Split<kTokens>::kSumWarps; ++w) sum += shared_.sums[w][row][token];
-    return sum;
-  }
-  __device__ __forceinline__ void let_reuse() const {
-    if constexpr (kBulk) ptx::fence_async_proxy();
+      for (int half = 0; half < 2; ++half) {
+        const bool valid = source.rows[half] >= 0 && k < hidden_;
+        ptx::copy_async_16(ptx::shared_address(&shared_.ring[slot][half][threadIdx.x]),
+                           weights + (valid ? source.rows[half] * hidden_ + k : 0), valid);
+      }
+      ptx::copy_async_commit();
+    };
+    Source now(*this, count, row, 0, 0);
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) copy(now, s, s);
+    int slot = 0;
+    for (int tile = 0; tile * kTile < count; ++tile) {
+      float acc[kTokens / 8][4] = {};
+      for (int first = 0; first < hidden_; first += kRound) {
+        const bool last = first + kRound >= hidden_;
+        const Source next(*this, count, row, last ? tile + 1 : tile, last ? 0 : first + kRound);
+        if (hidden_ > kRound) fragments_.load(x_, tokens_, hidden_, first);
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          multiply(acc, s, slot);
+          copy(s + kSlots < kSteps ? now : next, (s + kSlots) % kSteps, slot);
+          slot = slot + 1 == kSlots ? 0 : slot + 1;
+        }
+        now = next;
+      }
+#pragma unroll
+      for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          shared_.sums[place_.warp][n][place_.row + v / 2 * 8][place_.quad * 2 + v % 2] = acc[n][v];
+        }
+      }
+      __syncthreads();
+      finish(tile);
+      __syncthreads();
+    }
+    ptx::copy_async_wait<0>();
   }
 
  private:
-  using All = Shared<kTokens, kBulk>;
-  static constexpr int kPiece = All::Ring::kPiece;
-  static constexpr int kRow = All::Ring::kRow;
-  template <int kRows>
-  static constexpr int kSlots = Ring<kTokens, kBulk, kRows>::kSlots;
-  static constexpr int kTokens8 = Split<kTokens>::kTokens8;
+  static constexpr int kSlots = Shared<kTokens>::kSlots;
+  static_assert(kSlots <= kSteps);
 
-  __device__ __forceinline__ int sum_warp() const { return warp_ / Split<kTokens>::kTokenWarps; }
-  __device__ __forceinline__ int token_warp() const { return warp_ % Split<kTokens>::kTokenWarps; }
+  // The rows r and r + 8 of a tile, or -1, from a summed element on.
+  struct Source {
+    int rows[2];
+    int first;
 
-  template <int kRows>
-  __device__ __forceinline__ auto& slot_of(int p) const {
-    if constexpr (kRows == kMaxDecodeUnit) {
-      return shared_.ring.slots[(done_ + p) % kSlots<kRows>];
-    } else {
-      return shared_.few.slots[p % kSlots<kRows>];
+    template <class Row>
+    __device__ __forceinline__ Source(const Multiplier& all, int count, const Row& row, int tile,
+                                      int element)
+        : first(element) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = tile * kTile + half * 8 + all.place_.row;
+        rows[half] = i < count ? row(i) : -1;
+      }
     }
-  }
-  template <int kRows>
-  __device__ __forceinline__ std::uint64_t* barrier_of(int p) const {
-    return kRows == kMaxDecodeUnit ? &shared_.filled[(done_ + p) % kSlots<kRows>]
-                                   : &shared_.few_filled[p % kSlots<kRows>];
-  }
+  };
 
-  // Starts to fill the slot of piece p, if there is one.
-  template <int kRows>
-  __device__ __forceinline__ void fill(const __nv_bfloat16* weights, int count, int p, int pieces) {
-    const int first = p * kPiece;
-    auto& target = slot_of<kRows>(p);
-    if constexpr (kBulk) {
-      if (p >= pieces || p % kWarps != warp_) return;
-      const std::uint32_t bytes = min(kPiece, hidden_ - first) * 2;
-      std::uint64_t* filled = barrier_of<kRows>(p);
-      if (lane_ == 0) ptx::mbarrier_arrive_expect(filled, (tokens_ + count) * bytes);
-      for (int token = lane_; token < tokens_; token += 32) {
-        ptx::copy_bulk(target.x[token], from(x_, token, first), bytes, filled);
-      }
-      for (int i = lane_; i < count; i += 32) {
-        ptx::copy_bulk(target.rows[i], from(weights, shared_.list[i], first), bytes, filled);
-      }
-    } else {
-      constexpr int kLanes = kPiece / 8;  // of a row, 16 bytes each
-      const int k = static_cast<int>(threadIdx.x) % kLanes * 8;
-      if (p < pieces && first + k < hidden_) {
-        for (int i = threadIdx.x / kLanes; i < tokens_ + count; i += kThreads / kLanes) {
-          const int row = i - tokens_;
-          ptx::copy_async_16(
-              ptx::shared_address(row < 0 ? &target.x[i][k] : &target.rows[row][k]),
-              row < 0 ? from(x_, i, first + k) : from(weights, shared_.list[row], first + k), true);
-        }
-      }
-      ptx::copy_async_commit();
+  __device__ __forceinline__ void multiply(float (&acc)[kTokens / 8][4], int step, int slot) {
+    ptx::copy_async_wait<kSlots - 1>();
+    const uint4 low = shared_.ring[slot][0][threadIdx.x];
+    const uint4 high = shared_.ring[slot][1][threadIdx.x];
+    const std::uint32_t even[4] = {low.x, high.x, low.y, high.y};
+    const std::uint32_t odd[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+      const uint4 tokens = fragments_.words[step][n];
+      ptx::mma_16x8x16(acc[n], even, {tokens.x, tokens.y});
+      ptx::mma_16x8x16(acc[n], odd, {tokens.z, tokens.w});
     }
   }
 
-  __device__ __forceinline__ const __nv_bfloat16* from(const __nv_bfloat16* rows, int row,
-                                                       int element) const {
-    return rows + static_cast<std::size_t>(row) * hidden_ + element;
-  }
-
-  template <int kRows>
-  __device__ __forceinline__ void wait(int p) {
-    if constexpr (kBulk) {
-      const int at = kRows == kMaxDecodeUnit ? done_ + p : p;
-      ptx::mbarrier_wait(barrier_of<kRows>(p), at / kSlots<kRows> % 2);
-    } else {
-      ptx::copy_async_wait<kSlots<kRows> - 1>();
-      __syncthreads();
-    }
-  }
-
-  // acc[neuron, token] += over this warp's part of piece p. What lies in the slot beyond the rows
-  // and tokens reaches only sums that nobody uses; beyond the summed elements it must not count.
-  template <int kRows>
-  __device__ __forceinline__ void multiply(float (&acc)[kRows / kTile][kTokens8][4], int count,
-                                           int p) {
-    const auto& slot = slot_of<kRows>(p);
-    const int token = token_warp() * kTokens8 * 8 + lane_ / 16 * 8 + lane_ % 8;
-    const std::uint32_t rows =
-        ptx::shared_address(&slot.rows[lane_ % 16][sum_warp() * kTile + lane_ / 16 * 8]);
-    const std::uint32_t x =
-        ptx::shared_address(&slot.x[token % kTokens][sum_warp() * kTile + lane_ / 8 % 2 * 8]);
-#pragma unroll
-    for (int s = 0; s < kPiece / (Split<kTokens>::kSumWarps * kTile); ++s) {
-      const int offset = s * Split<kTokens>::kSumWarps * kTile;
-      const int left = hidden_ - p * kPiece - offset - sum_warp() * kTile;
-      if (left <= 0) break;
-      std::uint32_t b[(kTokens8 + 1) / 2][4];  // of 16 tokens; of 8 twice
-#pragma unroll
-      for (int n = 0; n < (kTokens8 + 1) / 2; ++n) {
-        ptx::load_matrices<false>(b[n], x + (n * 16 * kRow + offset) * 2);
-        if (left < kTile) b[n][1] = b[n][3] = 0;
-      }
-#pragma unroll
-      for (int m = 0; m < kRows / kTile; ++m) {
-        if (m * kTile >= count) break;
-        std::uint32_t a[4];
-        ptx::load_matrices<false>(a, rows + (m * kTile * kRow + offset) * 2);
-        if (left < kTile) a[2] = a[3] = 0;
-#pragma unroll
-        for (int n = 0; n < kTokens8; ++n) {
-          ptx::mma_16x8x16(acc[m][n], a, {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]});
-        }
-      }
-    }
-  }
-
-  Shared<kTokens, kBulk>& shared_;
+  const Place place_;
+  Shared<kTokens>& shared_;
   const __nv_bfloat16* x_;
   const int tokens_;
   const int hidden_;
-  const int warp_ = static_cast<int>(threadIdx.x) / 32;
-  const int lane_ = static_cast<int>(threadIdx.x) % 32;
-  int done_ = 0;  // pieces of earlier runs
+  TokenFragments<kTokens> fragments_;
 };
 
 // Positive, or not finite: a row of x with a NaN or an infinity makes every sum non-finite, and
@@ -235,15 +176,23 @@ __device__ __forceinline__ bool keeps_active(float value) {
   return bits != 0 && bits >= static_cast<int>(0xff800000u);
 }
 
-// The CTA of a unit of neurons. The gate's values decide which rows of U it reads, so that no list
-// beyond its own is needed.
-template <int kTokens, bool kBulk>
-__device__ __forceinline__ void compute_unit(const DecodeCall& call) {
-  auto& shared = *ptx::dynamic_shared<Shared<kTokens, kBulk>>();
-  const int thread = threadIdx.x;
+// The position of the n-th set bit, of which there are more than n.
+__device__ __forceinline__ int set_bit(std::uint64_t bits, int n) {
+#pragma unroll 1
+  for (; n > 0; --n) bits &= bits - 1;
+  return __ffsll(static_cast<long long>(bits)) - 1;
+}
+
+// One CTA: a unit of neurons and a group of tokens. The gate's values decide which rows of U it
+// reads, so that no list is needed.
+template <int kTokens>
+__global__ void __launch_bounds__(kThreads) hidden_kernel(const DecodeCall call) {
+  auto& shared = *ptx::dynamic_shared<Shared<kTokens>>();
   const int unit = blockIdx.x;
+  const int group = blockIdx.y;
   const int first = unit * call.unit_neurons;
   const int exist = min(call.unit_neurons, call.neurons - first);
+  const int tokens = min(kTokens, call.tokens - group * kTokens);
   const bool gated = call.gate != nullptr;
   const std::size_t hidden = call.hidden;
   const std::size_t offset = first * hidden;  // of the unit's rows
@@ -254,112 +203,108 @@ __device__ __forceinline__ void compute_unit(const DecodeCall& call) {
 
   // While the previous kernel still runs, memory can be read as far as L2, where its writes arrive.
   ptx::let_next_kernel_start();
-  if (thread < exist) ptx::prefetch_l2(deciding + thread * hidden, row_bytes);
-  if (thread < kMaxDecodeUnit) shared.list[thread] = static_cast<std::uint8_t>(thread);
-  if (thread < 2) shared.in_use[thread] = 0;
-  if constexpr (kBulk) {
-    using All = Shared<kTokens, kBulk>;
-    if (thread < All::Ring::kSlots) ptx::mbarrier_init(&shared.filled[thread], 1);
-    if (thread < All::FewRows::kSlots) ptx::mbarrier_init(&shared.few_filled[thread], 1);
-    ptx::fence_mbarrier_init();
+  if (threadIdx.x % 32 == 0) {
+    for (int i = threadIdx.x / 32; i < exist; i += kWarps) {
+      ptx::prefetch_l2(deciding + i * hidden, row_bytes);
+    }
   }
-  __syncthreads();
+  if (threadIdx.x < kTiles) shared.in_use[threadIdx.x] = 0;
   ptx::wait_for_previous_kernel();
 
-  Multiplier<kTokens, kBulk> products(shared, static_cast<const __nv_bfloat16*>(call.x),
-                                      call.tokens, call.hidden);
-  products.template run<kMaxDecodeUnit>(deciding, exist);
-  for (int i = thread; i < kMaxDecodeUnit * kTokens; i += kThreads) {  // warps as a whole
-    const int neuron = i / kTokens;
-    const int token = i % kTokens;
-    const float sum = products.total(neuron, token);
-    const bool active = neuron < exist && token < call.tokens && keeps_active(sum);
-    const std::uint32_t g = ptx::pack_relu(sum, 0);
-    shared.g[neuron][token] = static_cast<std::uint16_t>(g);
-    // Of this thread's neuron and the 8 tokens that it shares with its neighbours.
-    const auto vote = [&](bool value) {
-      return __ballot_sync(~0u, value) >> (thread % 32 / 8 * 8) & 0xffu;
-    };
-    const std::uint32_t users = vote(active);
-    const std::uint32_t counted = vote(active && !(ptx::low_half(g) <= 0));
-    if (users == 0 || thread % 8 != 0) continue;
-    atomicOr(&shared.in_use[neuron / 32], 1u << (neuron % 32));
-    if (call.activity && counted != 0) atomicAdd(&call.activity[first + neuron], __popc(counted));
-  }
-  products.let_reuse();
-  __syncthreads();
+  // This thread's part in a tile's sums; warps take part as a whole.
+  const bool sums_up = threadIdx.x < kTile * kTokens;
+  const int row = static_cast<int>(threadIdx.x) % (kTile * 8) / 8;
+  const int token = static_cast<int>(threadIdx.x) / (kTile * 8) * 8 + threadIdx.x % 8;
+  const auto total = [&] {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][token / 8][row][token % 8];
+    return sum;
+  };
+  // Of this thread's neuron, the tokens for which `value` holds; of the 8 that a warp shares.
+  const auto vote = [&](bool value) {
+    return __ballot_sync(~0u, value) >> (threadIdx.x % 32 / 8 * 8) & 0xffu;
+  };
 
-  const std::uint64_t rows = shared.in_use[0] | static_cast<std::uint64_t>(shared.in_use[1]) << 32;
+  Multiplier<kTokens> products(shared,
+                               static_cast<const __nv_bfloat16*>(call.x) +
+                                   static_cast<std::size_t>(group) * kTokens * hidden,
+                               tokens, call.hidden);
+  products.run(
+      deciding, exist, [](int i) { return i; },
+      [&](int tile) {
+        if (!sums_up) return;
+        const int neuron = tile * kTile + row;
+        const float sum = total();
+        const bool active = neuron < exist && token < tokens && keeps_active(sum);
+        const std::uint32_t g = ptx::pack_relu(sum, 0);
+        shared.g[neuron][token] = static_cast<std::uint16_t>(g);
+        const std::uint32_t users = vote(active);
+        const std::uint32_t counted = vote(active && !(ptx::low_half(g) <= 0));
+        if (users == 0 || threadIdx.x % 8 != 0) return;
+        atomicOr(&shared.in_use[tile], 1u << row);
+        if (gated) ptx::prefetch_l2(up + neuron * hidden, row_bytes);
+        ptx::prefetch_l2(down + neuron * hidden, row_bytes);
+        if (call.activity && counted != 0) {
+          atomicAdd(&call.activity[first + neuron], __popc(counted));
+        }
+      });
+
+  std::uint64_t rows = 0;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    rows |= static_cast<std::uint64_t>(shared.in_use[t]) << (t * kTile);
+  }
   const int count = __popcll(rows);
-  if (thread < kMaxDecodeUnit && (rows >> thread & 1) != 0) {
-    const int before = __popcll(rows & ((std::uint64_t{1} << thread) - 1));
-    shared.list[before] = static_cast<std::uint8_t>(thread);
-    ptx::prefetch_l2(down + thread * hidden, row_bytes);
-  }
-  if (thread == 0) call.masks[unit] = rows;
-  __syncthreads();
+  const int part = group * call.units + unit;
+  if (threadIdx.x == 0) call.masks[part] = rows;
 
-  if (gated && count > kTile) {
-    products.template run<kMaxDecodeUnit>(up, count);
-  } else if (gated && count > 0) {
-    products.template run<kTile>(up, count);
-  }
   float l1 = 0;
-  for (int i = thread; i < count * kTokens; i += kThreads) {
-    const int row = i / kTokens;
-    const int token = i % kTokens;
-    const int neuron = shared.list[row];
+  const auto store = [&](int i, float u) {  // of the i-th row in use
+    const int neuron = set_bit(rows, i);
     const float g = ptx::low_half(shared.g[neuron][token]);
-    const float u = gated ? products.total(row, token) : 1;
-    const std::uint32_t packed = token < call.tokens ? ptx::pack(g * u, 0) : 0;
-    call.h[static_cast<std::size_t>(first + neuron) * kTokens + token] =
+    const std::uint32_t packed = token < tokens ? ptx::pack(g * u, 0) : 0;
+    call.h[(static_cast<std::size_t>(group) * call.neurons + first + neuron) * kTokens + token] =
         static_cast<std::uint16_t>(packed);
     l1 += fabsf(ptx::low_half(packed));
+  };
+  if (gated) {
+    products.run(
+        up, count, [&](int i) { return set_bit(rows, i); },
+        [&](int tile) {
+          if (sums_up && tile * kTile + row < count) store(tile * kTile + row, total());
+        });
+  } else if (sums_up) {
+    for (int i = row; i < count; i += kTile) store(i, 1);
   }
 
   if (!call.activity) return;
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) l1 += __shfl_xor_sync(~0u, l1, lanes);
-  if (thread % 32 == 0) shared.l1[thread / 32] = l1;
+  if (threadIdx.x % 32 == 0) shared.l1[threadIdx.x / 32] = l1;
   __syncthreads();
-  if (thread == 0) {
+  if (threadIdx.x == 0) {
     float sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += shared.l1[w];
-    call.partial_l1[unit] = sum;
+    call.partial_l1[part] = sum;
   }
-}
-
-template <int kTokens, bool kBulk>
-__global__ void __launch_bounds__(kThreads) hidden_kernel(const DecodeCall call) {
-  if constexpr (!kBulk || ptx::kHasBulkCopies) compute_unit<kTokens, kBulk>(call);
-}
-
-template <int kTokens, bool kBulk>
-Status launch_with(const DecodeCall& call, cudaStream_t stream) {
-  // Before it there may be a memset of the counts, which it cannot overlap.
-  return launch_kernel(call.overlap && !call.activity, hidden_kernel<kTokens, kBulk>, call.units,
-                       kThreads, sizeof(Shared<kTokens, kBulk>), stream, call);
 }
 
 template <int kTokens>
 Status launch_hidden(const DecodeCall& call, cudaStream_t stream) {
-  return call.bulk ? launch_with<kTokens, true>(call, stream)
-                   : launch_with<kTokens, false>(call, stream);
+  const dim3 grid(call.units, call.groups);
+  const std::size_t shared_bytes = std::max(sizeof(Shared<kTokens>), call.hidden_shared);
+  // Before it there may be a memset of the counts, which it cannot overlap.
+  return launch_kernel(call.overlap && !call.activity, hidden_kernel<kTokens>, grid, kThreads,
+                       shared_bytes, stream, call);
 }
 
 }  // namespace
 
 Status launch_decode_hidden(const DecodeCall& call, cudaStream_t stream) {
-  switch (call.tile_tokens) {
-    case 8:
-      return launch_hidden<8>(call, stream);
-    case 16:
-      return launch_hidden<16>(call, stream);
-    case 32:
-      return launch_hidden<32>(call, stream);
-    default:
-      return launch_hidden<64>(call, stream);
-  }
+  return call.group_tokens == 8    ? launch_hidden<8>(call, stream)
+         : call.group_tokens == 16 ? launch_hidden<16>(call, stream)
+                                   : launch_hidden<32>(call, stream);
 }
 
 }  // namespace twell::cuda

@@ -138,11 +138,12 @@ Status forward_decode(const FfnPlan& plan, const FfnForwardArgs& args) {
   call.tokens = static_cast<int>(problem.tokens);
   call.hidden = static_cast<int>(problem.hidden);
   call.neurons = static_cast<int>(problem.neurons);
-  call.tile_tokens = plan.tile_tokens;
-  call.units = problem.tokens == 0 ? 0 : static_cast<int>(layout.units);
+  call.groups = static_cast<int>(layout.groups);
+  call.group_tokens = plan.tile_tokens;
+  call.units = static_cast<int>(layout.units);
   call.unit_neurons = plan.block_neurons;
+  call.hidden_shared = plan.device.shared_memory_bytes / 2;
   call.overlap = plan.device.compute_capability >= 90;
-  call.bulk = call.overlap && plan.device.shared_memory_bytes >= kMinBulkShared;
   call.masks = reinterpret_cast<std::uint64_t*>(base + layout.masks);
   call.h = reinterpret_cast<std::uint16_t*>(base + layout.h);
   const FfnStats& stats = args.stats;
@@ -157,7 +158,8 @@ Status forward_decode(const FfnPlan& plan, const FfnForwardArgs& args) {
   if (status.ok()) status = launch_decode_hidden(call, stream);
   if (status.ok()) status = launch_decode_down(call, stream);
   if (status.ok() && counts) {
-    status = launch_stats_total(call.activity, call.neurons, call.partial_l1, call.units, stats.l0,
+    status = launch_stats_total(call.activity, call.neurons, call.partial_l1,
+                                layout.groups * layout.units, stats.l0,
                                 static_cast<float*>(stats.l1), stream);
   }
   return status;

@@ -32,19 +32,11 @@ inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
 
 // Up to kMaxDecodeTokens tokens take the kernels that are bound by reading the weights.
 inline constexpr int kMaxDecodeTokens = 64;
-inline constexpr int kMaxDecodeUnit = 48;  // neurons of one CTA
+inline constexpr int kMaxDecodeGroup = 32;  // tokens whose products share the reads of the weights
+inline constexpr int kMaxDecodeUnit = 48;   // neurons of one CTA
 
-// Shared memory for weights on their way: with bulk copies, where a block may have kMinBulkShared
-// and the kernels before and after it need some too; and on any GPU, the smallest of which have
-// 99 KiB for a block.
-inline constexpr std::size_t kBulkRing = 180 << 10;
-inline constexpr std::size_t kMinBulkShared = 227 << 10;
-inline constexpr std::size_t kRing = 92 << 10;
-
-// The tokens that its kernels are made for: 8, 16, 32 or 64.
-constexpr int decode_tile(std::int64_t tokens) {
-  return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : kMaxDecodeTokens;
-}
+// Tokens of a group: 8, 16 or 32.
+constexpr int decode_group(std::int64_t tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : 32; }
 
 // Neurons of a unit, the work of one CTA: as many CTAs as multiprocessors, or a multiple of it.
 constexpr int decode_unit(std::int64_t neurons, int multiprocessors) {
@@ -53,7 +45,7 @@ constexpr int decode_unit(std::int64_t neurons, int multiprocessors) {
   return static_cast<int>(ceil_div(neurons, turns * at_once));
 }
 
-inline bool takes_decode_path(const FfnPlan& plan) { return plan.tile_tokens <= kMaxDecodeTokens; }
+inline bool takes_decode_path(const FfnPlan& plan) { return plan.tile_tokens <= kMaxDecodeGroup; }
 
 // Parts of a workspace: offsets in bytes, each 256-byte aligned.
 class Parts {
@@ -70,16 +62,18 @@ class Parts {
 };
 
 struct DecodeLayout {
-  std::int64_t units;  // of plan.block_neurons neurons
+  std::int64_t groups;  // of plan.tile_tokens tokens
+  std::int64_t units;   // of plan.block_neurons neurons
   std::size_t masks, h, activity, partial_l1, bytes;
 
   explicit DecodeLayout(const FfnPlan& plan)
-      : units(ceil_div<std::int64_t>(plan.problem.neurons, plan.block_neurons)) {
+      : groups(ceil_div<std::int64_t>(plan.problem.tokens, plan.tile_tokens)),
+        units(ceil_div<std::int64_t>(plan.problem.neurons, plan.block_neurons)) {
     Parts carve;
-    masks = carve.take(units * 8);
-    h = carve.take(plan.problem.neurons * plan.tile_tokens * 2);
+    masks = carve.take(groups * units * 8);
+    h = carve.take(groups * plan.problem.neurons * plan.tile_tokens * 2);
     activity = carve.take(plan.problem.neurons * 4);
-    partial_l1 = carve.take(units * 4);
+    partial_l1 = carve.take(groups * units * 4);
     bytes = carve.bytes();
   }
 };

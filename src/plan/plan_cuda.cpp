@@ -136,7 +136,7 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   if (!offered.ok()) return offered;
 
   if (takes_few_tokens(problem, options)) {
-    plan.tile_tokens = cuda::decode_tile(problem.tokens);
+    plan.tile_tokens = cuda::decode_group(problem.tokens);
     plan.chunk_tokens = cuda::kMaxDecodeTokens;
     plan.block_neurons = cuda::decode_unit(problem.neurons, device.multiprocessors);
     plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product

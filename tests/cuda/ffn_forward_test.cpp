@@ -34,8 +34,8 @@ TEST_F(CudaForward, MatchesFloat64AtEveryShapeAndDensity) {
   }
 }
 
-// Tiles of 8, 16, 32 and 64 tokens, full or not; more summed elements than the ring holds; more
-// neurons than one pass over the lists takes.
+// Groups of 8, 16 and 32 tokens, full or not; more than 2048 summed elements, which take several
+// rounds; more neurons than one pass over the lists takes.
 TEST_F(CudaForward, MatchesFloat64WithFewTokens) {
   struct Size {
     std::int64_t tokens, hidden, neurons;

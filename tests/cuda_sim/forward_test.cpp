@@ -14,21 +14,6 @@ namespace {
 
 using SimulatedForward = SimulatedTest;
 
-// Few tokens as on Hopper: only its large products are not simulated.
-class SimulatedHopper : public CudaForward {
- protected:
-  void SetUp() override {
-    CudaForward::SetUp();
-    devices = {devices[0]};
-    devices[0].compute_capability = 90;
-    cuda_sim::settings.max_shared = devices[0].shared_memory_bytes = cuda::kMinBulkShared;
-  }
-  void TearDown() override { cuda_sim::settings = saved_; }
-
- private:
-  const cuda_sim::Settings saved_ = cuda_sim::settings;
-};
-
 TEST_F(SimulatedForward, GivesTheSameBitsWithEveryChoice) {
   for (const std::int64_t tokens : {13, 200}) {
     const Block block(FfnKind::kGated, tokens, 136, 520, 0.05);
@@ -56,20 +41,6 @@ TEST_F(SimulatedForward, ReadsOperandsWithoutBankConflicts) {
   ASSERT_TRUE(call.run().ok());
   EXPECT_GT(cuda_sim::counters.matrix_loads, 0);
   EXPECT_EQ(cuda_sim::counters.bank_conflicts, 0);
-}
-
-TEST_F(SimulatedHopper, MatchesFloat64WithFewTokens) {
-  struct Size {
-    std::int64_t tokens, hidden, neurons;
-  };
-  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
-    for (const Size size : {Size{3, 2056, 104}, {16, 4104, 56}, {17, 72, 520}, {64, 1160, 104}}) {
-      for (const double density : {0.0, 0.1, 1.0}) {
-        const Block block(kind, size.tokens, size.hidden, size.neurons, density);
-        check(block, name_of(block.problem, density));
-      }
-    }
-  }
 }
 
 }  // namespace

@@ -45,23 +45,6 @@ __device__ __forceinline__ void prefetch_l2([[maybe_unused]] const void* global,
 #endif
 }
 
-// Whether copy_bulk and the mbarriers that it needs exist here: sm_90 and newer.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr bool kHasBulkCopies = false;
-#else
-inline constexpr bool kHasBulkCopies = true;
-#endif
-
-// Copies `bytes`, a multiple of 16, between 16-byte aligned addresses; `barrier` counts the bytes.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, std::uint32_t bytes,
-                                          std::uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-
 // Loads the box at (inner, outer) of a two-dimensional tensor; elements outside are zeros.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map,
                                          std::uint64_t* barrier, int inner, int outer) {
