@@ -124,6 +124,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int bytes) {
-  return static_cast<std::size_t>(bytes) <= cuda_sim::settings.max_shared ? cudaSuccess
-                                                                          : cudaErrorInvalidValue;
+  return static_cast<std::size_t>(bytes) <= cuda_sim::kMaxShared ? cudaSuccess
+                                                                 : cudaErrorInvalidValue;
 }

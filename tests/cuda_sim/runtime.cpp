@@ -34,7 +34,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 3;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = cuda_sim::settings.max_shared;
+      *value = cuda_sim::kMaxShared;
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = 1 << 20;

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
-#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -43,23 +42,6 @@ struct Meeting {
   void* slots[kWarpLanes] = {};  // of a warp's lanes
 };
 
-// An mbarrier: its current phase, and the copies that it waits for.
-struct Barrier {
-  struct Bulk {
-    std::uint32_t address;
-    const void* source;
-    std::uint32_t bytes;
-  };
-  int arrivals = 0;
-  int missing = 0;  // arrivals
-  std::int64_t expected = 0;
-  std::int64_t issued = 0;
-  std::uint32_t phase = 0;
-  int waiters = 0;
-  std::vector<Bulk> copies;  // not made yet
-  Meeting meeting;
-};
-
 // One thread's stack and where it stands. It serves one thread after the other.
 struct Fiber {
   void* stack = nullptr;
@@ -79,7 +61,6 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Meeting> warps;
   Meeting block;
-  std::map<std::uint32_t, Barrier> barriers;  // by their address
   const std::function<void()>* thread = nullptr;
   int threads = 0;
   int live = 0;
@@ -177,7 +158,6 @@ void start_block() {
   machine.warps.assign((machine.threads + kWarpLanes - 1) / kWarpLanes, {});
   machine.block = {};
   machine.block.name = "__syncthreads";
-  machine.barriers.clear();
   machine.live = machine.threads;
   for (int i = 0; i < machine.threads; ++i) {
     Fiber& fiber = *machine.fibers[i];
@@ -234,11 +214,6 @@ void run_block() {
                         fiber.meeting->name);
     }
   }
-  for (const auto& [address, barrier] : machine.barriers) {
-    if (barrier.issued != 0 || barrier.expected != 0) {
-      return note_fault("it ended without waiting for its bulk copies");
-    }
-  }
   for (std::size_t i = 0; i < kGuardBytes; ++i) {
     if (machine.dynamic[machine.dynamic_bytes + i] != std::byte{kGuard}) {
       return note_fault("it wrote behind its dynamic shared memory of " +
@@ -258,39 +233,12 @@ void make_copies(const Group& group) {
   }
 }
 
-void make_copy(const Barrier::Bulk& copy) {
-  for (std::uint32_t at = 0; at < copy.bytes; at += 16) {
-    std::memcpy(shared_at(copy.address + at, 16), static_cast<const std::byte*>(copy.source) + at,
-                16);
-  }
-}
-
-Barrier& barrier_at(std::uint32_t address) {
-  const auto found = machine.barriers.find(address);
-  if (found == machine.barriers.end()) {
-    fault("no mbarrier at shared address " + std::to_string(address));
-  }
-  return found->second;
-}
-
-// Ends the barrier's phase if all of it has come; not before somebody waits, unless copies are
-// early.
-void move_on(Barrier& barrier) {
-  if (barrier.missing > 0 || barrier.issued != barrier.expected) return;
-  if (barrier.waiters == 0 && !settings.early_copies) return;
-  for (const Barrier::Bulk& copy : std::exchange(barrier.copies, {})) make_copy(copy);
-  barrier.missing = barrier.arrivals;
-  barrier.expected = barrier.issued = 0;
-  ++barrier.phase;
-  open_meeting(barrier.meeting);
-}
-
 }  // namespace
 
 cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes,
                 const std::function<void()>& thread) {
   if (machine.faulted) return cudaErrorLaunchFailure;
-  if (block.x * block.y * block.z > 1024 || shared_bytes > settings.max_shared) {
+  if (block.x * block.y * block.z > 1024 || shared_bytes > kMaxShared) {
     return cudaErrorInvalidConfiguration;
   }
   machine.thread = &thread;
@@ -372,44 +320,6 @@ void wait_for_copies(int pending_groups) {
   for (; static_cast<int>(groups.size()) > pending_groups; groups.pop_front()) {
     if (!settings.early_copies) make_copies(groups.front());
   }
-}
-
-void init_barrier(std::uint32_t address, int arrivals) {
-  shared_at(address, 8);
-  Barrier& barrier = machine.barriers[address];
-  barrier.arrivals = barrier.missing = arrivals;
-  barrier.meeting.name = "an mbarrier";
-}
-
-void arrive_at_barrier(std::uint32_t address, std::uint32_t bytes) {
-  Barrier& barrier = barrier_at(address);
-  if (barrier.missing == 0) fault("an arrival at an mbarrier that expects no more of them");
-  --barrier.missing;
-  barrier.expected += bytes;
-  move_on(barrier);
-}
-
-void wait_at_barrier(std::uint32_t address, std::uint32_t parity) {
-  Barrier& barrier = barrier_at(address);
-  ++barrier.waiters;
-  if (barrier.phase % 2 == parity) move_on(barrier);
-  if (barrier.phase % 2 == parity) wait_at(barrier.meeting);
-  --barrier.waiters;
-}
-
-void copy_bulk(std::uint32_t address, const void* source, std::uint32_t bytes,
-               std::uint32_t barrier) {
-  if (reinterpret_cast<std::uintptr_t>(source) % 16 != 0 || bytes % 16 != 0) {
-    fault("a bulk copy that is not of 16-byte aligned pieces");
-  }
-  Barrier& counter = barrier_at(barrier);
-  if (settings.early_copies) {
-    make_copy({address, source, bytes});
-  } else {
-    counter.copies.push_back({address, source, bytes});
-  }
-  counter.issued += bytes;
-  move_on(counter);
 }
 
 }  // namespace cuda_sim

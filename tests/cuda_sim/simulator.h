@@ -19,9 +19,8 @@ namespace cuda_sim {
 
 // What a GPU leaves open; a correct kernel gives the same results with all of them.
 struct Settings {
-  bool descending = false;            // warps, and their lanes, run from the last to the first
-  bool early_copies = false;          // asynchronous copies happen when issued, not when waited for
-  std::size_t max_shared = 99 << 10;  // per block; this much on every GPU since sm_80
+  bool descending = false;    // warps, and their lanes, run from the last to the first
+  bool early_copies = false;  // asynchronous copies happen when issued, not when waited for
 };
 inline Settings settings;
 
@@ -33,6 +32,7 @@ struct Counters {
 inline Counters counters;
 
 inline constexpr int kWarpLanes = 32;
+inline constexpr std::size_t kMaxShared = 99 << 10;  // per block, on every GPU since sm_80
 
 // Runs `thread` for every thread of the grid.
 cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes,
@@ -74,13 +74,5 @@ std::byte* shared_at(std::uint32_t address, std::size_t bytes);
 void copy_async(std::uint32_t address, const void* source);
 void commit_copies();
 void wait_for_copies(int pending_groups);
-
-// mbarriers, in the dynamic shared memory: init, arrive with `bytes` to come, wait for a phase; and
-// copies whose bytes they count.
-void init_barrier(std::uint32_t address, int arrivals);
-void arrive_at_barrier(std::uint32_t address, std::uint32_t bytes);
-void wait_at_barrier(std::uint32_t address, std::uint32_t parity);
-void copy_bulk(std::uint32_t address, const void* source, std::uint32_t bytes,
-               std::uint32_t barrier);
 
 }  // namespace cuda_sim

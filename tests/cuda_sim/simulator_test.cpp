@@ -146,7 +146,7 @@ TEST(CudaSim, NoticesSharedMemoryThatIsNotTheBlocks) {
                            ptx::load_matrices<false>(registers, threadIdx.x * 16);
                          }),
                "shared address 64 for 16 bytes");
-  EXPECT_EQ(run_block(32, settings.max_shared + 1, [] {}), cudaErrorInvalidConfiguration);
+  EXPECT_EQ(run_block(32, kMaxShared + 1, [] {}), cudaErrorInvalidConfiguration);
 }
 
 // A ring of two stages, of which the thread's neighbour reads each. `pending` and `barrier` are

@@ -24,11 +24,4 @@ inline void prefetch_l2(const void* global, std::uint32_t bytes) {
   }
 }
 
-inline constexpr bool kHasBulkCopies = true;
-
-inline void copy_bulk(void* shared, const void* global, std::uint32_t bytes,
-                      std::uint64_t* barrier) {
-  cuda_sim::copy_bulk(shared_address(shared), global, bytes, shared_address(barrier));
-}
-
 }  // namespace twell::cuda::ptx
