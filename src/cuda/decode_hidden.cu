@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) hidden_kernel(const DecodeCall call)
   // While the previous kernel still runs, memory can be read as far as L2, where its writes arrive.
   ptx::let_next_kernel_start();
   if (threadIdx.x % 32 == 0) {
-    for (int i = threadIdx.x / 32; i < exist; i += kWarps) {
+    for (int i = threadIdx.x / 32; i < min(exist, 32); i += kWarps) {
       ptx::prefetch_l2(deciding + i * hidden, row_bytes);
     }
   }
