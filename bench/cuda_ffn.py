@@ -210,7 +210,8 @@ def decode(library, case, x, gate, tokens):
 
     times = [graph_ms(call) for call in (run_dense, run_concatenated, run)]
     error = relative_error(y, dense(x, gates[-1], ups[-1], downs_t[-1]))
-    return result(f"{case}, graph", tokens, *times, {}, error)
+    stages = stage_ms(lambda: forward(x, gates[0], ups[0], downs[0], y))
+    return result(f"{case}, graph", tokens, *times, stages, error)
 
 
 def load_library(path):

@@ -144,7 +144,7 @@ class Forward {
 // As Forward, for few tokens.
 Status forward_decode(const FfnPlan& plan, const FfnForwardArgs& args) {
   const FfnProblem& problem = plan.problem;
-  const DecodeLayout layout(problem);
+  const DecodeLayout layout(plan);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   auto* base = static_cast<std::byte*>(args.workspace);
   DecodeCall call = {};
@@ -156,8 +156,13 @@ Status forward_decode(const FfnPlan& plan, const FfnForwardArgs& args) {
   call.tokens = static_cast<int>(problem.tokens);
   call.hidden = static_cast<int>(problem.hidden);
   call.neurons = static_cast<int>(problem.neurons);
+  call.groups = static_cast<int>(layout.groups);
+  call.group_tokens = plan.tile_tokens;
+  call.units = static_cast<int>(layout.units);
+  call.unit_neurons = plan.block_neurons;
+  call.hidden_shared = plan.device.shared_memory_bytes / 2;
   call.overlap = plan.device.compute_capability >= 90;
-  call.masks = reinterpret_cast<std::uint8_t*>(base + layout.masks);
+  call.masks = reinterpret_cast<std::uint64_t*>(base + layout.masks);
   call.h = reinterpret_cast<std::uint16_t*>(base + layout.h);
   const FfnStats& stats = args.stats;
   const bool counts = stats.l0 || stats.l1 || stats.activity;
@@ -171,8 +176,9 @@ Status forward_decode(const FfnPlan& plan, const FfnForwardArgs& args) {
   if (status.ok()) status = launch_decode_hidden(call, stream);
   if (status.ok()) status = launch_decode_down(call, stream);
   if (status.ok() && counts) {
-    status = launch_stats_total(call.activity, call.neurons, call.partial_l1, decode_parts(call),
-                                stats.l0, static_cast<float*>(stats.l1), stream);
+    status = launch_stats_total(call.activity, call.neurons, call.partial_l1,
+                                layout.groups * layout.units, stats.l0,
+                                static_cast<float*>(stats.l1), stream);
   }
   return status;
 }

@@ -10,6 +10,11 @@
 
 namespace twell::cuda {
 
+template <class T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
 inline constexpr int kTileTokens = 128;    // tokens that share one union
 inline constexpr int kHalfTokens = 64;     // tokens of one warpgroup's products
 inline constexpr int kBlockNeurons = 256;  // neurons of one piece of gate work
@@ -34,17 +39,22 @@ inline constexpr std::int64_t kMaxEntries = std::int64_t{1} << 25;
 // neurons were in the union of each tile. Tiles for which it is too little are computed anew.
 inline constexpr double kSavedShare = 0.25;
 
-// Up to kMaxDecodeTokens tokens take the kernels that read each weight row at most once.
+// Up to kMaxDecodeTokens tokens take the kernels that are bound by reading the weights.
 inline constexpr int kMaxDecodeTokens = 64;
-inline constexpr int kDecodeTokens = 16;  // tokens of a group
-inline constexpr int kDecodeNeurons = 8;  // neurons of the smallest piece of work
+inline constexpr int kMaxDecodeGroup = 32;  // tokens whose products share the reads of the weights
+inline constexpr int kMaxDecodeUnit = 48;   // neurons of one CTA
 
-template <class T>
-constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
+// Tokens of a group: 8, 16 or 32.
+constexpr int decode_group(std::int64_t tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : 32; }
+
+// Neurons of a unit, the work of one CTA: as many CTAs as multiprocessors, or a multiple of it.
+constexpr int decode_unit(std::int64_t neurons, int multiprocessors) {
+  const std::int64_t at_once = multiprocessors;
+  const std::int64_t turns = ceil_div(neurons, at_once * kMaxDecodeUnit);
+  return static_cast<int>(ceil_div(neurons, turns * at_once));
 }
 
-inline bool takes_decode_path(const FfnPlan& plan) { return plan.tile_tokens == kDecodeTokens; }
+inline bool takes_decode_path(const FfnPlan& plan) { return plan.tile_tokens <= kMaxDecodeGroup; }
 
 // Parts of a workspace: offsets in bytes, each 256-byte aligned.
 class Parts {
@@ -61,16 +71,18 @@ class Parts {
 };
 
 struct DecodeLayout {
-  std::int64_t groups;  // of tokens
+  std::int64_t groups;  // of plan.tile_tokens tokens
+  std::int64_t units;   // of plan.block_neurons neurons
   std::size_t masks, h, activity, partial_l1, bytes;
 
-  explicit DecodeLayout(const FfnProblem& problem)
-      : groups(ceil_div<std::int64_t>(problem.tokens, kDecodeTokens)) {
+  explicit DecodeLayout(const FfnPlan& plan)
+      : groups(ceil_div<std::int64_t>(plan.problem.tokens, plan.tile_tokens)),
+        units(ceil_div<std::int64_t>(plan.problem.neurons, plan.block_neurons)) {
     Parts carve;
-    masks = carve.take(groups * problem.neurons / 8);
-    h = carve.take(groups * problem.neurons * kDecodeTokens * 2);
-    activity = carve.take(problem.neurons * 4);
-    partial_l1 = carve.take(groups * ceil_div<std::int64_t>(problem.neurons, kDecodeNeurons) * 4);
+    masks = carve.take(groups * units * 8);
+    h = carve.take(groups * plan.problem.neurons * plan.tile_tokens * 2);
+    activity = carve.take(plan.problem.neurons * 4);
+    partial_l1 = carve.take(groups * units * 4);
     bytes = carve.bytes();
   }
 };

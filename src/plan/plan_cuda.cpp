@@ -54,8 +54,8 @@ bool takes_few_tokens(const FfnProblem& problem, const PlanOptions& options) {
 constexpr double kReadTbPerSecond = 2.2;
 constexpr double kDenseLaunchMs = 0.015;
 constexpr double kTileLaunchMs = 0.06;  // four kernels, each at least one tile long
-constexpr double kDecodeLaunchMs = 0.008;
-constexpr double kDecodeTokenMs = 0.0007;  // per token, at the traces' 2048 x 5632
+constexpr double kDecodeLaunchMs = 0.0025;
+constexpr double kDecodeTokenMs = 0.0003;  // per token, at the traces' 2048 x 5632
 
 // The neurons in a tile's union, and the shares of (token, block of 64 neurons) pairs in use.
 struct Sparsity {
@@ -182,11 +182,11 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   if (!offered.ok()) return offered;
 
   if (takes_few_tokens(problem, options)) {
-    plan.tile_tokens = cuda::kDecodeTokens;
+    plan.tile_tokens = cuda::decode_group(problem.tokens);
     plan.chunk_tokens = cuda::kMaxDecodeTokens;
-    plan.block_neurons = cuda::kDecodeNeurons;
-    plan.heavy_tokens = cuda::kDecodeTokens + 1;  // never: active rows are read one by one
-    plan.workspace_bytes = cuda::DecodeLayout(problem).bytes;
+    plan.block_neurons = cuda::decode_unit(problem.neurons, device.multiprocessors);
+    plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product
+    plan.workspace_bytes = cuda::DecodeLayout(plan).bytes;
     return plan;
   }
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);

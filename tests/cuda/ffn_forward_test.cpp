@@ -34,6 +34,29 @@ TEST_F(CudaForward, MatchesFloat64AtEveryShapeAndDensity) {
   }
 }
 
+// Groups of 8, 16 and 32 tokens, full or not; more than 2048 summed elements, which take several
+// rounds; more neurons than one pass over the lists takes.
+TEST_F(CudaForward, MatchesFloat64WithFewTokens) {
+  struct Size {
+    std::int64_t tokens, hidden, neurons;
+  };
+  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+    for (const Size size : {Size{8, 2048, 152},
+                            {7, 2056, 104},
+                            {16, 4104, 56},
+                            {12, 72, 520},
+                            {17, 2200, 152},
+                            {33, 136, 520},
+                            {64, 1160, 152},
+                            {2, 8, 13000}}) {
+      for (const double density : {0.1, 1.0}) {
+        const Block block(kind, size.tokens, size.hidden, size.neurons, density);
+        check(block, name_of(block.problem, density));
+      }
+    }
+  }
+}
+
 TEST_F(CudaForward, MatchesFloat64InChunks) {
   check(Block(FfnKind::kGated, 300, 40, 776, 0.02), "chunks of 128", 128);
   check(Block(FfnKind::kPlain, 600, 40, 776, 0.02), "chunks of 384", 384);

@@ -56,7 +56,7 @@ class CudaStream : public GpuTest, public ::testing::WithParamInterface<int> {
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(FewAndMany, CudaStream, ::testing::Values(16, 300, 1500));
+INSTANTIATE_TEST_SUITE_P(FewAndMany, CudaStream, ::testing::Values(1, 16, 64, 300, 1500));
 
 TEST_P(CudaStream, IsBitwiseReproducible) {
   const Block block(FfnKind::kGated, GetParam(), 264, 2056, 0.05);
@@ -112,6 +112,42 @@ TEST_P(CudaStream, ReplaysInAGraphWithChangingInputs) {
       call.y.poison();
       captured.replay();
       EXPECT_LE(relative_error(call.y.download<bf16>(), block->output()), 0.0027);
+    }
+  });
+}
+
+// Kernels that start before the previous one ends, behind a copy and behind each other: each layer
+// reads what the one before it wrote, in the same workspace.
+TEST_P(CudaStream, LayersFollowEachOtherInAGraph) {
+  constexpr int kLayers = 6;
+  const Block block(FfnKind::kGated, GetParam(), 264, 2056, 0.05);
+  on_every_device([&](const Device& device) {
+    Call call(sparse_plan(block.problem, device), block);
+    const DeviceBuffer source(block.x);
+    const std::size_t bytes = block.x.size() * sizeof(bf16);
+    const auto run = [&](cudaStream_t stream, bool wait) {
+      require_cuda(
+          cudaMemcpyAsync(call.x.as(), source.as(), bytes, cudaMemcpyDeviceToDevice, stream));
+      for (int layer = 0; layer < kLayers; ++layer) {
+        FfnForwardArgs args;
+        args.x = layer % 2 == 0 ? call.x.as() : call.y.as();
+        args.weights = {call.gate.as(), call.up.as(), call.down.as()};
+        args.y = layer % 2 == 0 ? call.y.as() : call.x.as();
+        args.workspace = call.workspace.as();
+        args.stream = stream;
+        const Status status = ffn_forward(call.plan, args);
+        if (!status.ok()) return status;
+        if (wait) require_cuda(cudaDeviceSynchronize());
+      }
+      return Status();
+    };
+    ASSERT_TRUE(run(nullptr, true).ok());
+    const auto want = call.x.download<std::uint16_t>();
+    const Captured captured([&](cudaStream_t stream) { return run(stream, false); });
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      call.workspace.poison();
+      captured.replay();
+      EXPECT_EQ(call.x.download<std::uint16_t>(), want);
     }
   });
 }

@@ -32,6 +32,8 @@ using std::max;
 using std::min;
 
 inline int __popc(std::uint32_t bits) { return std::popcount(bits); }
+inline int __popcll(std::uint64_t bits) { return std::popcount(bits); }
+inline int __ffsll(std::uint64_t bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 inline int __ffs(std::uint32_t bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 inline float __uint_as_float(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
@@ -57,6 +59,10 @@ T atomicOr(T* pointer, std::type_identity_t<T> value) {
 }
 
 inline void __syncthreads() { cuda_sim::sync_block(); }
+inline void __syncwarp() {
+  int nothing = 0;
+  cuda_sim::collective("__syncwarp", nothing, [](int* const*) {});
+}
 
 namespace cuda_sim {
 

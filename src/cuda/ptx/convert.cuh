@@ -26,6 +26,15 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return larger;
 }
 
+// The low or high halves of two pairs: a's in bits 0-15.
+__device__ __forceinline__ std::uint32_t low_halves(std::uint32_t a, std::uint32_t b) {
+  return __byte_perm(a, b, 0x5410);
+}
+
+__device__ __forceinline__ std::uint32_t high_halves(std::uint32_t a, std::uint32_t b) {
+  return __byte_perm(a, b, 0x7632);
+}
+
 __device__ __forceinline__ float low_half(std::uint32_t packed) {
   return __uint_as_float(packed << 16);
 }

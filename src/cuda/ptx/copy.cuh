@@ -43,6 +43,15 @@ __device__ __forceinline__ void copy_async_arrive(std::uint64_t* barrier) {
                : "memory");
 }
 
+// Asks for `bytes`, a multiple of 16, at a 16-byte aligned address to be in L2 soon (sm_90 and
+// newer; before that it does nothing). It reads no value: what is written meanwhile is not missed.
+__device__ __forceinline__ void prefetch_l2([[maybe_unused]] const void* global,
+                                            [[maybe_unused]] std::uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // Loads the box at (inner, outer) of a two-dimensional tensor; elements outside are zeros.
 __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map,
                                          std::uint64_t* barrier, int inner, int outer) {

@@ -25,6 +25,14 @@ inline float max_nan(float a, float b) {
   return a > b ? a : b;
 }
 
+inline std::uint32_t low_halves(std::uint32_t a, std::uint32_t b) {
+  return (a & 0xffffu) | b << 16;
+}
+
+inline std::uint32_t high_halves(std::uint32_t a, std::uint32_t b) {
+  return a >> 16 | (b & 0xffff0000u);
+}
+
 inline float low_half(std::uint32_t packed) { return __uint_as_float(packed << 16); }
 
 inline float high_half(std::uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }

@@ -18,4 +18,10 @@ void copy_async_wait() {
   cuda_sim::wait_for_copies(kPending);
 }
 
+inline void prefetch_l2(const void* global, std::uint32_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
+    cuda_sim::fault("a prefetch that is not of 16-byte aligned pieces");
+  }
+}
+
 }  // namespace twell::cuda::ptx
