@@ -30,9 +30,8 @@ FfnPlan* twell_bench_plan(int training, std::int64_t tokens, std::int64_t hidden
   twell::PlanOptions options;
   options.path = FfnPath::kSparse;
   options.training = training != 0;
-  const twell::Result<FfnPlan> plan =
-      twell::plan_ffn({FfnKind::kGated, twell::DType::kBf16, tokens, hidden, neurons},
-                      device.value(), options);
+  const twell::Result<FfnPlan> plan = twell::plan_ffn(
+      {FfnKind::kGated, twell::DType::kBf16, tokens, hidden, neurons}, device.value(), options);
   if (!plan.ok()) return fail(plan.status(), message, size), nullptr;
   return new FfnPlan(plan.value());
 }
