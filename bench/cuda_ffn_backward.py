@@ -1,6 +1,7 @@
 """Times the CUDA forward and backward together against PyTorch's dense bf16 autograd in one process.
 
-usage: cuda_ffn_backward.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE [--commit ID]
+usage: cuda_ffn_backward.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE
+                            [--commit ID]
 
 Cases, input and timing as in cuda_ffn.py. Peak memory is what a pass allocates at most beyond its
 inputs and the gradients that both forms return.

@@ -90,8 +90,8 @@ TEST(PlanCuda, TrainsInSmallChunksThatFillTheMultiprocessors) {
   options.path = FfnPath::kSparse;
   options.training = true;
   EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->chunk_tokens, 128 * 128);
-  // On 66 pairs of multiprocessors, 64 pairs of tiles by 12 blocks of neurons are 11.6 waves, and 60
-  // are 10.9: 5 chunks of 120 tiles need 55, 4 of 128 and the rest 56.
+  // On 66 pairs of multiprocessors, 64 pairs of tiles by 12 blocks of neurons are 11.6 waves, and
+  // 60 are 10.9: 5 chunks of 120 tiles need 55, 4 of 128 and the rest 56.
   FfnProblem narrow = problem(120 * 128 * 5);
   narrow.neurons = 12 * 256;
   EXPECT_EQ(plan_ffn(narrow, hopper(), options)->chunk_tokens, 120 * 128);
