@@ -1,4 +1,4 @@
-"""Times the CUDA forward and backward together against PyTorch's dense bf16 autograd in one process.
+"""Times the CUDA forward and backward together against PyTorch's bf16 autograd in one process.
 
 usage: cuda_ffn_backward.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE
                             [--commit ID]
