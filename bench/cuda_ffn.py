@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 
 HIDDEN, NEURONS, TRACE_TOKENS = 2048, 5632, 4096
+TILE = 128  # tokens that share a union
 KERNEL = re.compile(r"twell::cuda::.*?(\w+)_kernel")
 PREFILL = (131072, 16384, 4096, 1024, 512, 128)
 COMPILED = PREFILL[:2]  # tokens for which the compiled dense form is timed too
@@ -158,6 +159,16 @@ def relative_error(got, want):
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
 
+def sparsity(x, gate):
+    """Mean active neurons of the first tokens, and mean size of their tiles' unions."""
+    active = torch.relu(linear(x[:TRACE_TOKENS], gate)) > 0
+    tiles = active[: len(active) // TILE * TILE].view(-1, TILE, NEURONS).any(1)
+    return {
+        "active_mean": round(active.sum(1).float().mean().item(), 2),
+        "union_mean": round(tiles.sum(1).float().mean().item(), 2),
+    }
+
+
 def prefill(library, case, x, gate, up, down, tokens):
     x = x.repeat(-(-tokens // len(x)), 1)[:tokens].contiguous()
     y = torch.empty_like(x)
@@ -170,6 +181,7 @@ def prefill(library, case, x, gate, up, down, tokens):
     strongest_ms = median_ms(lambda: dense_concatenated(x, gate_up, down_t))
     error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
     row = result(case, tokens, dense_ms, strongest_ms, twell_ms, stage_ms(run), error)
+    row |= sparsity(x, gate)
     if tokens in COMPILED:
         row["dense_compiled_ms"] = round(median_ms(lambda: dense_compiled(x, gate, up, down_t)), 4)
     return row

@@ -22,6 +22,7 @@ from cuda_ffn import (
     median_ms,
     random_weight,
     relative_error,
+    sparsity,
     stage_ms,
     trace_pattern,
     uniform_pattern,
@@ -102,6 +103,7 @@ def measure(library, case, x, gate, up, down, tokens=TOKENS):
     row = {
         "case": case,
         "tokens": tokens,
+        **sparsity(x, gate),
         "dense_ms": round(dense_ms, 4),
         "twell_ms": round(twell_ms, 4),
         "ratio": round(dense_ms / twell_ms, 3),
