@@ -113,19 +113,21 @@ def fit(pattern):
     raise RuntimeError("no input with this pattern was found in 1000 steps")
 
 
-def median_ms(call, repeats=9):
+def medians_ms(calls, repeats=9):
+    """Of each call; all take turns, so that they share the card's temperature and power."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
+    times = [[] for _ in calls]
     for i in range(repeats + 3):
-        flush.zero_()
-        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+        for call, own in zip(calls, times, strict=True):
+            flush.zero_()
+            begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 3:
+                own.append(begin.elapsed_time(end))
+    return [statistics.median(own) for own in times]
 
 
 def stage_ms(call):
@@ -176,18 +178,22 @@ def prefill(library, case, x, gate, up, down, tokens):
     gate_up = torch.cat((gate, up))
     forward = Forward(library, tokens)
     run = lambda: forward(x, gate, up, down, y)  # noqa: E731
-    twell_ms = median_ms(run)
-    dense_ms = median_ms(lambda: dense(x, gate, up, down_t))
-    strongest_ms = median_ms(lambda: dense_concatenated(x, gate_up, down_t))
-    error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
-    row = result(case, tokens, dense_ms, strongest_ms, twell_ms, stage_ms(run), error)
-    row |= sparsity(x, gate)
+    calls = [
+        lambda: dense(x, gate, up, down_t),
+        lambda: dense_concatenated(x, gate_up, down_t),
+        run,
+    ]
     if tokens in COMPILED:
-        row["dense_compiled_ms"] = round(median_ms(lambda: dense_compiled(x, gate, up, down_t)), 4)
+        calls.append(lambda: dense_compiled(x, gate, up, down_t))
+    times = medians_ms(calls)
+    error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
+    row = result(case, tokens, *times[:3], stage_ms(run), error) | sparsity(x, gate)
+    if tokens in COMPILED:
+        row["dense_compiled_ms"] = round(times[3], 4)
     return row
 
 
-def graph_ms(call):
+def graph_of(call):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()
@@ -195,7 +201,7 @@ def graph_ms(call):
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             call()
-    return median_ms(graph.replay, 30) / DECODE_LAYERS
+    return graph
 
 
 def decode(library, case, x, gate, tokens):
@@ -220,7 +226,8 @@ def decode(library, case, x, gate, tokens):
         for weights in zip(gate_ups, downs_t, strict=True):
             dense_concatenated(x, *weights)
 
-    times = [graph_ms(call) for call in (run_dense, run_concatenated, run)]
+    graphs = [graph_of(call) for call in (run_dense, run_concatenated, run)]
+    times = [ms / DECODE_LAYERS for ms in medians_ms([graph.replay for graph in graphs], 30)]
     error = relative_error(y, dense(x, gates[-1], ups[-1], downs_t[-1]))
     stages = stage_ms(lambda: forward(x, gates[0], ups[0], downs[0], y))
     return result(f"{case}, graph", tokens, *times, stages, error)

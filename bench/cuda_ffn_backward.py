@@ -19,7 +19,7 @@ from cuda_ffn import (
     fit,
     load_library,
     make_parser,
-    median_ms,
+    medians_ms,
     random_weight,
     relative_error,
     sparsity,
@@ -99,7 +99,7 @@ def measure(library, case, x, gate, up, down, tokens=TOKENS):
     }
     del want
     memory, dense_memory = peak_bytes(run), peak_bytes(run_dense)
-    twell_ms, dense_ms = median_ms(run, 15), median_ms(run_dense, 15)
+    twell_ms, dense_ms = medians_ms([run, run_dense], 15)
     row = {
         "case": case,
         "tokens": tokens,

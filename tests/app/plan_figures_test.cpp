@@ -1,5 +1,5 @@
-// The planner for CPUs against what was measured: the stored figures of bench/plan_cpu.py and
-// bench/run_ffn.py, which any machine can check.
+// The planners against what was measured: the stored figures of bench/plan_cpu.py, bench/run_ffn.py
+// and bench/cuda_ffn*.py, which any machine can check.
 
 #include <gtest/gtest.h>
 
@@ -29,7 +29,7 @@ struct Bounds {
 };
 
 nlohmann::json figures(const char* name) {
-  std::ifstream file(std::string(TWELL_RESULTS "/cpu/") + name);
+  std::ifstream file(std::string(TWELL_RESULTS "/") + name);
   return nlohmann::json::parse(file);
 }
 
@@ -49,9 +49,13 @@ struct Figure {
   double dense_ms, twell_ms;
 };
 
-void expect_predicted(const nlohmann::json& machine, Bounds bounds, const Figure& figure) {
+Device cpu_of(const nlohmann::json& machine) {
   Device device = cpu_device(machine.at("threads"));
   device.isa = isa_of(machine.at("isa"));
+  return device;
+}
+
+void expect_predicted(const Device& device, Bounds bounds, const Figure& figure) {
   const auto plan = plan_ffn(figure.problem, device, figure.options);
   ASSERT_TRUE(plan.ok());
   SCOPED_TRACE(figure.name + ", tokens " + std::to_string(figure.problem.tokens) + ", active " +
@@ -72,7 +76,7 @@ void expect_predicted(const char* file, Bounds bounds) {
     const bool training = r.at("training");
     const FfnProblem problem{r.at("kind") == "gated" ? FfnKind::kGated : FfnKind::kPlain,
                              DType::kBf16, r.at("tokens"), r.at("hidden"), r.at("neurons")};
-    expect_predicted(report.at("machine"), bounds,
+    expect_predicted(cpu_of(report.at("machine")), bounds,
                      {std::string(name_of(problem.kind)) + (training ? ", training" : "") + ", " +
                           std::to_string(problem.hidden) + " x " + std::to_string(problem.neurons),
                       problem,
@@ -83,20 +87,20 @@ void expect_predicted(const char* file, Bounds bounds) {
 }
 
 TEST(PlanFigures, ThatTheConstantsWereFittedTo) {
-  expect_predicted("plan-avx512_bf16.json", {kRatioFactor, kWorstChoice});
+  expect_predicted("cpu/plan-avx512_bf16.json", {kRatioFactor, kWorstChoice});
 }
 
 TEST(PlanFigures, OfOtherShapes) {
-  expect_predicted("plan-held-out-avx512_bf16.json", {kAnyRatio, kWorstChoice});
+  expect_predicted("cpu/plan-held-out-avx512_bf16.json", {kAnyRatio, kWorstChoice});
 }
 
 TEST(PlanFigures, OfTheTracesWithAmx) {
-  const auto report = figures("ffn.json");
+  const auto report = figures("cpu/ffn.json");
   int sparse = 0;
   for (const auto& r : report.at("results")) {
     if (r.at("path") == "dense") continue;
     ++sparse;
-    expect_predicted(report.at("machine"), {kRatioFactor, kWorstChoiceWithAmx},
+    expect_predicted(cpu_of(report.at("machine")), {kRatioFactor, kWorstChoiceWithAmx},
                      {r.at("case"),
                       {r.at("ffn_kind") == "gated" ? FfnKind::kGated : FfnKind::kPlain,
                        DType::kBf16, r.at("tokens"), r.at("hidden"), r.at("neurons")},
@@ -105,6 +109,32 @@ TEST(PlanFigures, OfTheTracesWithAmx) {
                       r.at("twell_ms")});
   }
   EXPECT_GT(sparse, 10);
+}
+
+TEST(PlanFigures, OfAnH200) {
+  Device device;
+  device.type = DeviceType::kCuda;
+  device.compute_capability = 90;
+  device.multiprocessors = 132;
+  device.shared_memory_bytes = 232448;
+  device.l2_bytes = 60u << 20;
+  for (const bool training : {false, true}) {
+    const auto report = figures(training ? "h200/ffn_backward.json" : "h200/ffn_forward.json");
+    int cases = 0;
+    for (const auto& r : report.at("results")) {
+      // Below, PyTorch's time is that of its launches.
+      if (r.at("tokens") < 1024) continue;
+      ++cases;
+      expect_predicted(device, {kRatioFactor, kWorstChoice},
+                       {std::string(r.at("case")) + (training ? ", training" : ""),
+                        {FfnKind::kGated, DType::kBf16, r.at("tokens"), report.at("hidden"),
+                         report.at("neurons")},
+                        {FfnPath::kAuto, training, r.at("active_mean"), r.at("union_mean")},
+                        r.at("dense_ms"),
+                        r.at("twell_ms")});
+    }
+    EXPECT_GE(cases, 7);
+  }
 }
 
 }  // namespace
