@@ -15,12 +15,17 @@ if(NOT TWELL_TORCH STREQUAL "OFF")
     # compiler: the system's library must come first.
     target_link_libraries(twell_libtorch INTERFACE stdc++ torch torch_cpu c10)
     target_link_options(twell_libtorch INTERFACE -Wl,-rpath,${TWELL_TORCH_DIR}/lib)
-    # PyTorch's CUDA builds bring the CUDA headers that their own headers include: then there is
-    # target twell_libtorch_cuda as well.
+    # PyTorch's CUDA builds bring the CUDA headers that their own headers include, all but crt/: nvcc
+    # has that, and so has Triton, which they require. Then there is target twell_libtorch_cuda too.
     file(GLOB TWELL_TORCH_CUDA_INCLUDE ${TWELL_TORCH_DIR}/../nvidia/cu*/include)
-    if(EXISTS ${TWELL_TORCH_DIR}/lib/libtorch_cuda.so AND TWELL_TORCH_CUDA_INCLUDE)
+    find_path(TWELL_CUDA_CRT_INCLUDE crt/host_config.h NO_CACHE NO_DEFAULT_PATH
+      PATHS ${TWELL_TORCH_CUDA_INCLUDE} ${CUDAToolkit_INCLUDE_DIRS}
+            ${TWELL_TORCH_DIR}/../triton/backends/nvidia/include)
+    if(EXISTS ${TWELL_TORCH_DIR}/lib/libtorch_cuda.so AND TWELL_TORCH_CUDA_INCLUDE
+       AND TWELL_CUDA_CRT_INCLUDE)
       add_library(twell_libtorch_cuda INTERFACE)
-      target_include_directories(twell_libtorch_cuda SYSTEM INTERFACE ${TWELL_TORCH_CUDA_INCLUDE})
+      target_include_directories(twell_libtorch_cuda SYSTEM INTERFACE
+        ${TWELL_TORCH_CUDA_INCLUDE} ${TWELL_CUDA_CRT_INCLUDE})
       target_link_libraries(twell_libtorch_cuda INTERFACE twell_libtorch torch_cuda c10_cuda)
     endif()
   elseif(TWELL_TORCH STREQUAL "ON")

@@ -6,7 +6,7 @@ namespace twell::app {
 struct StepGraph::Graph {};
 
 StepGraph::StepGraph(const std::function<void()>&) {
-  throw Error("CUDA graphs: twell was built with a PyTorch that has no CUDA");
+  throw Error("CUDA graphs: twell was built without PyTorch's CUDA libraries or headers");
 }
 
 StepGraph::~StepGraph() = default;

@@ -1,7 +1,7 @@
 #include "app/model/step_graph.h"
 
 #include <ATen/cuda/CUDAGraph.h>
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 namespace twell::app {
@@ -15,7 +15,8 @@ StepGraph::StepGraph(const std::function<void()>& step) : graph_(std::make_uniqu
   const c10::cuda::CUDAStream stream = c10::cuda::getStreamFromPool();  // the default can't capture
   outer.synchronize();
   {
-    const c10::cuda::CUDAStreamGuard guard(stream);
+    // CUDAStreamGuard would draw the CUDA runtime in, which is not linked without nvcc.
+    const c10::StreamGuard guard(stream.unwrap());
     step();  // libraries set themselves up on their first call, which can't be captured
     stream.synchronize();
     graph_->captured.capture_begin();

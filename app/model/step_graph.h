@@ -10,7 +10,7 @@ class StepGraph {
  public:
   // Runs `step` once as it is, then once more to capture it. It must do the same work each time, on
   // the current CUDA device, with the same tensors, without waiting for the device. Throws Error if
-  // this PyTorch has no CUDA.
+  // twell was built without PyTorch's CUDA.
   explicit StepGraph(const std::function<void()>& step);
   ~StepGraph();
 
