@@ -109,6 +109,9 @@ struct FfnForwardArgs {
 
 Status ffn_forward(const FfnPlan& plan, const FfnForwardArgs& args);
 
+// On CUDA all tensors are 16-byte aligned, and the gradients of the weights also hold intermediate
+// values while the pass runs.
+//
 // With L = loss: given dL/dy and dL/d(Σ|h|), writes dL/dx, dL/dG, dL/dU, dL/dD in the problem's
 // dtype. d|h|/dh at h = 0 is 0; d relu(g)/dg at g = 0 is 0, as in PyTorch.
 struct FfnBackwardArgs {

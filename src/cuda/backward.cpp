@@ -3,7 +3,8 @@
 //   1. masks         the forward's, completed where dy is not finite, and their unions
 //   2. coefficients  dg, du and h over the unions; g and u are made anew where none were kept
 //   3. dx            dg G + du U over the unions
-//   4. weights       group by group of neurons: lists of tokens, then the gradients
+//   4. weights       on Hopper lists of tokens, and the gradients after the last chunk; on other
+//                    GPUs both chunk by chunk, group by group of neurons
 //
 // Every sum has a fixed order.
 
@@ -29,7 +30,10 @@ Status check_call(const FfnPlan& plan, const FfnBackwardArgs& args) {
                                                           {"weights.gate", args.weights.gate},
                                                           {"weights.up", args.weights.up},
                                                           {"weights.down", args.weights.down},
-                                                          {"grad_x", args.grad_x}};
+                                                          {"grad_x", args.grad_x},
+                                                          {"grad_gate", args.grad_gate},
+                                                          {"grad_up", args.grad_up},
+                                                          {"grad_down", args.grad_down}};
   for (const auto& [name, pointer] : pointers) {
     Status status = require_aligned(pointer, std::string("ffn_backward: ") + name);
     if (!status.ok()) return status;

@@ -6,8 +6,9 @@
 //   plain:  dg = dh where h > 0                     h
 //
 // with dh = dy Dᵀ + grad_l1 sign(h). For the gradients of the weights, the neurons go in blocks of
-// 64, each with its own list of those tokens of the chunk that contribute, and for each of them a
-// *row*: the coefficients of the block's neurons.
+// 64, each with its own list of tokens. On Hopper see token_lists.h; on other GPUs a list is of
+// those tokens of the chunk that contribute, each with a *row*: the coefficients of the block's
+// neurons.
 
 #include <cuda_runtime_api.h>
 

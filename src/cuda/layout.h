@@ -26,18 +26,25 @@ inline constexpr int kMaxChunkTiles = 1024;
 inline constexpr int kScheduleHeader = 12;  // bytes before the pieces of up work
 
 // Of the backward. Its chunks are smaller than the forward's, as it keeps three values for each
-// neuron of a union, not two, and float32 sums of the weights' gradients besides.
+// neuron of a union, not two, and sums or lists for the weights' gradients besides.
 inline constexpr int kMaxBackwardTiles = 64;
 inline constexpr int kRowNeurons = 64;   // neurons that share a list of tokens
 inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
 // On Hopper: room for the coefficients of one in so many (token, neuron) pairs, and at most for as
 // many as a list's row can address.
 inline constexpr std::int64_t kEntryShare = 16;
-inline constexpr std::int64_t kMaxEntries = std::int64_t{1} << 25;
+inline constexpr std::int64_t kMaxEntries = (std::int64_t{1} << 25) - 1;
 
 // Room for the columns of g and u that the forward keeps for the backward: as if this share of all
 // neurons were in the union of each tile. Tiles for which it is too little are computed anew.
 inline constexpr double kSavedShare = 0.25;
+
+// Sizes of what token_lists.h declares.
+inline constexpr std::int64_t kListStateBytes = 20;
+inline constexpr std::int64_t kActiveTokensBytes = 8;
+inline constexpr std::int64_t kListPartBytes = 12;
+inline constexpr std::int64_t kListRowBytes = 8;
+inline constexpr std::int64_t kListEntryBytes = 8;
 
 // Up to kMaxDecodeTokens tokens take the kernels that are bound by reading the weights.
 inline constexpr int kMaxDecodeTokens = 64;
@@ -214,17 +221,17 @@ struct BackwardLayout {
       entries = std::min(ceil_div(problem.tokens * problem.neurons, kEntryShare), kMaxEntries);
       total_bytes = 2;
       word_first = carve.take(tiles * SavedLayout(plan).half_words * 4);
-      list_state = carve.take(32);
+      list_state = carve.take(kListStateBytes);
       activity = carve.take(problem.neurons * 4);
       list_neurons = carve.take(blocks * kRowNeurons * 4);
       positions = carve.take(tiles * blocks * kRowNeurons * 4);
-      active = carve.take(2 * tiles * capacity * 8);
-      lists = carve.take(blocks * 2 * tiles * 12);
+      active = carve.take(2 * tiles * capacity * kActiveTokensBytes);
+      lists = carve.take(blocks * 2 * tiles * kListPartBytes);
       list_places = carve.take(blocks * 4);
       token_counts = carve.take(2 * blocks * 4);
       list_order = carve.take(blocks * 4);
-      list_rows = carve.take(blocks * rows * 8);
-      list_entries = carve.take(entries * 8);
+      list_rows = carve.take(blocks * rows * kListRowBytes);
+      list_entries = carve.take(entries * kListEntryBytes);
     } else {
       rows = tiles * kTileTokens;
       lists = carve.take(blocks * 2 * tiles * 16);

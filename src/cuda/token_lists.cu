@@ -42,12 +42,16 @@ __global__ void __launch_bounds__(kThreads)
   const UnionEntry* entries =
       forward.unions + static_cast<std::size_t>(half_tile / 2) * forward.capacity;
   const std::size_t first = static_cast<std::size_t>(half_tile) * forward.capacity;
+  // Of tokens beyond the last one a NaN or an infinity in a weight can make coefficients.
+  const int token = half_tile * kHalfTokens + lane / 8 * 16 + lane % 8;
+  const std::uint32_t exist = (token < forward.tokens ? kLowMagnitude : 0) |
+                              (token + 8 < forward.tokens ? kHighMagnitude : 0);
   const int stride = static_cast<int>(gridDim.x) * kWarps;
 #pragma unroll 4
   for (int position = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
        position < count; position += stride) {
     const std::size_t at = (first + position) * kColumnWords + lane;
-    const std::uint32_t any = chunk.dg[at] | chunk.h[at] | (chunk.du ? chunk.du[at] : 0);
+    const std::uint32_t any = exist & (chunk.dg[at] | chunk.h[at] | (chunk.du ? chunk.du[at] : 0));
     const ActiveTokens active = {{__ballot_sync(~0u, (any & kLowMagnitude) != 0),
                                   __ballot_sync(~0u, (any & kHighMagnitude) != 0)}};
     if (lane != 0) continue;

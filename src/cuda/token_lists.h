@@ -52,8 +52,6 @@ struct ListEntry {
   __device__ std::uint32_t row() const { return place_dg >> 6 & 63u; }
 };
 
-static_assert(sizeof(ListPart) == 12 && sizeof(ListRow) == 8 && sizeof(ListEntry) == 8);
-
 struct ListState {
   std::int32_t entries;       // in the arena
   std::int32_t dense;         // whether the chunk at hand is dense
@@ -61,6 +59,11 @@ struct ListState {
   std::uint32_t finished;     // CTAs
   std::int32_t taken;         // pieces of work on the gradients
 };
+
+static_assert(sizeof(ActiveTokens) == kActiveTokensBytes && sizeof(ListPart) == kListPartBytes &&
+              sizeof(ListRow) == kListRowBytes && sizeof(ListEntry) == kListEntryBytes &&
+              sizeof(ListState) == kListStateBytes);
+static_assert(kMaxEntries < 1 << 25, "ListRow::place has 25 bits for the first coefficient");
 
 struct TokenLists {
   int blocks;          // ceil(N / 64)

@@ -55,6 +55,7 @@ TEST_F(CudaBackward, MatchesFloat64InChunksAndGroupsOfNeurons) {
   check(TrainingBlock(FfnKind::kGated, 400, 40, 264, 0.05), "chunks of 128", 128, kKeepAll);
   check(TrainingBlock(FfnKind::kPlain, 400, 40, 264, 0.3), "chunks of 256", 256, kKeepAll);
   check(TrainingBlock(FfnKind::kGated, 65, 24, 2120, 0.02), "two groups");
+  check(TrainingBlock(FfnKind::kGated, 600, 264, 136, 0.3), "dense chunks of 256, strips", 128);
 }
 
 TEST_F(CudaBackward, MatchesFloat64AtUnevenPatterns) {
@@ -312,13 +313,21 @@ TEST_F(CudaBackward, IsBitwiseReproducible) {
 TEST_F(CudaBackward, RefusesByName) {
   const TrainingBlock block(FfnKind::kGated, 16, 24, 72, 0.5);
   TrainingCall call(training_plan(block.problem, devices[0]), block);
-  FfnBackwardArgs args = call.arguments();
-  args.grad_x = call.grad_x.as<bf16>() + 1;
-  Status status = ffn_backward(call.forward.plan, args);
-  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
-  EXPECT_NE(status.message().find("grad_x is at an address of remainder 2 modulo 16"),
-            std::string::npos)
-      << status.message();
+  const std::pair<const char*, void * FfnBackwardArgs::*> gradients[] = {
+      {"grad_x", &FfnBackwardArgs::grad_x},
+      {"grad_gate", &FfnBackwardArgs::grad_gate},
+      {"grad_up", &FfnBackwardArgs::grad_up},
+      {"grad_down", &FfnBackwardArgs::grad_down}};
+  for (const auto& [name, gradient] : gradients) {
+    FfnBackwardArgs args = call.arguments();
+    args.*gradient = static_cast<bf16*>(args.*gradient) + 1;
+    const Status status = ffn_backward(call.forward.plan, args);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    EXPECT_NE(
+        status.message().find(std::string(name) + " is at an address of remainder 2 modulo 16"),
+        std::string::npos)
+        << status.message();
+  }
 }
 
 }  // namespace

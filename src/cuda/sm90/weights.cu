@@ -1,7 +1,7 @@
 // The gradients of the weights on Hopper: dG = dgᵀ x, dU = duᵀ x, dD = hᵀ dy for 64 neurons and 128
 // hidden columns at a time, each by a consumer warpgroup of its own. The sum is over tokens, 64 per
-// stage: one producer warpgroup gathers the tokens' rows of x and dy, two others take turns to
-// spread their coefficients, which are few, over zeros.
+// stage: two producer warpgroups take turns to gather the tokens' rows of x and dy and to spread
+// their coefficients, which are few, over zeros.
 
 #include <cuda_bf16.h>
 
