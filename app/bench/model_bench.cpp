@@ -7,6 +7,7 @@
 #include <string>
 
 #include "app/bench/energy.h"
+#include "app/bench/kernel_times.h"
 #include "app/bench/peak_memory.h"
 #include "app/bench/timer.h"
 #include "app/error.h"
@@ -46,6 +47,7 @@ struct Form {
   Step last{};
   std::optional<std::int64_t> peak{};
   std::optional<double> joules{};  // per step
+  Json kernels = Json::array();
 };
 
 class Stepper {
@@ -154,6 +156,9 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
                 "\": such a model has no sparse form to compare; permitted: \"relu\"");
   }
   const torch::Device device = model.device();
+  if (options.kernels && device.is_cpu()) {
+    throw Error("kernels are timed on a GPU only: use --device cuda");
+  }
   std::vector<Form> forms(options.forms.begin(), options.forms.end());
   const auto count = static_cast<std::int64_t>(forms.size());
   const Json active = activity(model, batches.front());
@@ -182,6 +187,10 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
     const auto once = [&] { step(form.mode, batches.front()).loss.item(); };
     form.peak = peak_bytes(device, once);
     if (meter.works()) form.joules = joules_per_step(meter, once);
+    if (!options.kernels) continue;
+    for (const KernelTime& kernel : kernel_times(device, once)) {
+      form.kernels.push_back({{"name", kernel.name}, {"calls", kernel.calls}, {"ms", kernel.ms}});
+    }
   }
 
   const ModelConfig& c = model.config();
@@ -214,6 +223,7 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
     Json paths = Json::array();
     for (const FfnPath path : form.last.paths) paths.push_back(name_of(path));
     result["ffn_per_layer"][form.name] = paths;
+    if (options.kernels) result["kernels"][form.name] = form.kernels;
   }
   result["energy_missing"] = meter.works() ? Json() : Json(meter.reason());
   result["active_per_layer"] = active;

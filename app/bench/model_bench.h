@@ -17,6 +17,7 @@ struct ModelBenchOptions {
   bool recompute = false;  // training keeps only the layers' inputs for backward
   std::vector<FfnMode> forms{FfnMode::kDense, FfnMode::kTwell};  // different ones
   double seconds = 8;                                            // of timing, about
+  bool kernels = false;                                          // time those of a step too (GPU)
   std::function<void(double done)> progress{};                   // in [0, 1]
 };
 
@@ -31,12 +32,13 @@ struct ModelBenchOptions {
 // gradient, within 5%, on every batch of every round.
 //
 // Memory is the peak of one step in each form (app/bench/peak_memory.h), energy that of steps for
-// at least 5 s (app/bench/energy.h); null where unknown, for energy with the reason. Fields: mode,
-// checkpoint_activations, batch, tokens (of a window), parameters, layers, hidden, neurons, heads,
-// kv_heads, vocabulary;
-// for each form FORM_ms; ratio, of the first form's time to the last one's; spread_ms,
-// tokens_per_second, loss, gradient_norm, peak_bytes, energy_mj_per_token and ffn_per_layer by
-// form; energy_missing; active_per_layer, loss_difference (greatest, relative), rounds.
+// at least 5 s (app/bench/energy.h); null where unknown, for energy with the reason. With
+// `kernels`, the GPU's kernels in one step of each form, most time first
+// (app/bench/kernel_times.h). Fields: mode, checkpoint_activations, batch, tokens (of a window),
+// parameters, layers, hidden, neurons, heads, kv_heads, vocabulary; for each form FORM_ms; ratio,
+// of the first form's time to the last one's; spread_ms, tokens_per_second, loss, gradient_norm,
+// peak_bytes, energy_mj_per_token, ffn_per_layer and, if asked for, kernels ([{name, calls, ms}])
+// by form; energy_missing; active_per_layer, loss_difference (greatest, relative), rounds.
 nlohmann::ordered_json bench_model(Llama& model, const std::vector<torch::Tensor>& batches,
                                    const ModelBenchOptions& options);
 

@@ -141,6 +141,17 @@ void print(const Json& r, const std::vector<std::string>& forms) {
               r["ratio"].get<double>());
 }
 
+// The kernels that take most of a step.
+void print_kernels(const Json& kernels, const std::string& form) {
+  constexpr std::size_t kMost = 15, kWidth = 80;
+  std::printf("kernels of a step with %s blocks:\n", form.c_str());
+  for (std::size_t i = 0; i < std::min(kMost, kernels.size()); ++i) {
+    std::printf("  %8.3f ms %5lld x %s\n", kernels[i]["ms"].get<double>(),
+                kernels[i]["calls"].get<long long>(),
+                kernels[i]["name"].get<std::string>().substr(0, kWidth).c_str());
+  }
+}
+
 void run_bench_model(const CLI::App& command, BenchModelFlags flags) {
   const int sources =
       int{!flags.checkpoint.empty()} + int{!flags.trace.empty()} + int{flags.density.has_value()};
@@ -186,6 +197,9 @@ void run_bench_model(const CLI::App& command, BenchModelFlags flags) {
   }
   result["pattern_verified"] = subject.pattern_verified;
   print(result, flags.forms);
+  for (const std::string& form : flags.forms) {
+    if (flags.bench.kernels) print_kernels(result["kernels"][form], form);
+  }
   if (!flags.json.empty()) {
     const Json report = {{"machine", describe_machine(device)}, {"results", {result}}};
     write_file(flags.json, report.dump(1) + "\n");
@@ -237,6 +251,8 @@ void add_bench_model_command(CLI::App& bench) {
   command.add_option("--seconds", flags->bench.seconds, "Time to measure for, about")
       ->check(CLI::Range(0.0, 3600.0))
       ->capture_default_str();
+  command.add_flag("--kernels", flags->bench.kernels,
+                   "List the kernels of a step by time as well (--device cuda only)");
   command.add_option("--seed", flags->seed, "Of weights and windows")->capture_default_str();
   command.add_option("--json", flags->json,
                      "Write the result and the machine to this file; the commit is that of the "

@@ -85,11 +85,30 @@ Tensor rope_frequencies(const ModelConfig& c) {
   return frequencies;
 }
 
-// x [batch, heads, length, head_dim] rotated; cos, sin [length, head_dim].
-Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const auto halves = x.chunk(2, -1);
-  return x * cos + torch::cat({-halves[1], halves[0]}, -1) * sin;
+// y = x ⊙ cos + (-x₂, x₁) ⊙ sin for x = (x₁, x₂), the halves of the last dimension; `sign` turns
+// the other way. cos, sin [length, head_dim], both halves alike.
+Tensor turn(const Tensor& x, const Tensor& cos, const Tensor& sin, int sign) {
+  Tensor y = x * cos;
+  const auto from = x.chunk(2, -1), to = y.chunk(2, -1), sines = sin.chunk(2, -1);
+  to[0].addcmul_(from[1], sines[0], -sign);
+  to[1].addcmul_(from[0], sines[1], sign);
+  return y;
 }
+
+// The rotary embedding: x [batch, heads, length, head_dim] rotated by its position. Half the passes
+// over memory that autograd's own formula takes, each way.
+struct Rotate : torch::autograd::Function<Rotate> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& cos,
+                        const Tensor& sin) {
+    ctx->save_for_backward({cos, sin});
+    return turn(x, cos, sin, 1);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    return {turn(grads[0], saved[0], saved[1], -1), Tensor(), Tensor()};
+  }
+};
 
 // Scaled dot-product attention in which query i sees the keys up to past + i; a single query those
 // of `visible` (bool [keys]; undefined: all).
@@ -275,8 +294,9 @@ Tensor Llama::attention(int layer, const Tensor& x, KvCache* cache, int64_t posi
   };
   const Tensor cos = rows(cos_), sin = rows(sin_);
   const bool bias = config_.qkv_bias();
-  const Tensor q = rotate(split(project(x, "q", bias), config_.num_attention_heads), cos, sin);
-  Tensor k = rotate(split(project(x, "k", bias), config_.num_key_value_heads), cos, sin);
+  const Tensor q =
+      Rotate::apply(split(project(x, "q", bias), config_.num_attention_heads), cos, sin);
+  Tensor k = Rotate::apply(split(project(x, "k", bias), config_.num_key_value_heads), cos, sin);
   Tensor v = split(project(x, "v", bias), config_.num_key_value_heads);
   if (cache != nullptr) {
     const auto index = static_cast<size_t>(layer);
