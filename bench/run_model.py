@@ -22,9 +22,11 @@ from run_ffn import ROOT, traces_folder
 SIZES = {"hidden": 2048, "heads": 32, "kv-heads": 32, "vocabulary": 49152}
 CASES = (
     {"layers": 8, "mode": "forward", "batch": 64, "tokens": 2048},
+    {"layers": 8, "mode": "eval", "batch": 64, "tokens": 2048},
     {"layers": 8, "mode": "train", "batch": 8, "tokens": 2048},
     {"layers": 8, "mode": "train", "batch": 8, "tokens": 2048, "checkpoint-activations": True},
     {"layers": 38, "mode": "forward", "batch": 64, "tokens": 2048},
+    {"layers": 38, "mode": "eval", "batch": 64, "tokens": 2048},
 )
 
 

@@ -156,6 +156,9 @@ def gpu_training_line(report: dict) -> str:
     )
 
 
+JOBS = {"forward": "forward", "eval": "forward and loss", "train": "training step"}
+
+
 def model_table(rows: list[dict]) -> str:
     def per_token(row, form):
         energy = row["energy_mj_per_token"][form]
@@ -166,7 +169,7 @@ def model_table(rows: list[dict]) -> str:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        job = "forward" if row["mode"] == "forward" else "training step"
+        job = JOBS[row["mode"]]
         job += f", {row['batch']}×{row['tokens']}"
         job += ", checkpointing" if row["checkpoint_activations"] else ""
         active = sum(row["active_per_layer"]) / len(row["active_per_layer"])

@@ -1,6 +1,5 @@
 #include "app/bench/kernel_times.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
 
 #include <algorithm>
@@ -12,17 +11,14 @@
 
 namespace twell::app {
 
-std::vector<KernelTime> kernel_times(const torch::Device& device,
-                                     const std::function<void()>& run) {
+std::vector<KernelTime> kernel_times(const std::function<void()>& run) {
   namespace impl = torch::profiler::impl;
   namespace profiler = torch::autograd::profiler;
-  if (device.is_cpu()) throw Error("kernels are timed on a GPU only: use --device cuda");
   const impl::ProfilerConfig config(impl::ProfilerState::KINETO);
   const std::set<impl::ActivityType> activities{impl::ActivityType::CUDA};
   profiler::prepareProfiler(config, activities);
   profiler::enableProfiler(config, activities);
   run();
-  c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
   const std::unique_ptr<profiler::ProfilerResult> result = profiler::disableProfiler();
 
   std::map<std::string, KernelTime> by_name;

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <torch/torch.h>
-
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -16,7 +14,7 @@ struct KernelTime {
   double ms = 0;  // in all calls
 };
 
-// What the GPU did during run(), by PyTorch's profiler, most time first.
-std::vector<KernelTime> kernel_times(const torch::Device& device, const std::function<void()>& run);
+// What the GPU did during run(), which waits for it, by PyTorch's profiler; most time first.
+std::vector<KernelTime> kernel_times(const std::function<void()>& run);
 
 }  // namespace twell::app

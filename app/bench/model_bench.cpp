@@ -1,10 +1,13 @@
 #include "app/bench/model_bench.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "app/bench/energy.h"
 #include "app/bench/kernel_times.h"
@@ -34,6 +37,7 @@ double seconds_since(Clock::time_point start) {
 }
 
 struct Step {
+  Tensor hidden;               // where there is no loss yet
   Tensor loss, gradient_norm;  // on the device
   std::vector<FfnPath> paths;
 };
@@ -52,41 +56,67 @@ struct Form {
 
 class Stepper {
  public:
-  Stepper(Llama& model, bool training, bool recompute)
-      : model_(model), training_(training), recompute_(recompute) {
+  Stepper(Llama& model, ModelWork work, bool recompute)
+      : model_(model), work_(work), recompute_(recompute) {
+    const bool training = work == ModelWork::kTrain;
     for (auto& [name, value] : model_.parameters()) value.requires_grad_(training);
     if (training) optimizer_.emplace(model_.parameters(), AdamWOptions{});
   }
 
+  // tokens [windows, tokens + 1]
   Step operator()(FfnMode mode, const Tensor& tokens) {
-    const torch::AutoGradMode grad(training_);
-    const std::int64_t length = tokens.size(1) - 1;
+    const bool training = work_ == ModelWork::kTrain;
+    const torch::AutoGradMode grad(training);
     std::vector<FfnOutput> ffns;
     ForwardOptions forward;
     forward.ffn = mode;
     forward.ffn_outputs = &ffns;
-    forward.counts = training_ ? FfnCounts::kL1 : FfnCounts::kNone;
+    forward.counts = training ? FfnCounts::kL1 : FfnCounts::kNone;
     forward.recompute = recompute_;
-    const Tensor hidden = model_.forward(tokens.narrow(1, 0, length), forward);
-    const Tensor targets = tokens.narrow(1, 1, length).reshape({-1});
-    const Tensor loss =
-        linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model_.head(), targets);
-    Step step{loss.detach(), {}, {}};
+    const Tensor hidden = model_.forward(tokens.narrow(1, 0, tokens.size(1) - 1), forward);
+    Step step;
     for (const FfnOutput& ffn : ffns) step.paths.push_back(ffn.path);
-    if (!training_) return step;
+    if (work_ == ModelWork::kForward) {
+      model_.logits(hidden.select(1, -1));
+      step.hidden = hidden;
+      return step;
+    }
+    const Tensor loss = loss_of(hidden, tokens);
+    step.loss = loss.detach();
+    if (!training) return step;
     Tensor l1 = torch::zeros({}, loss.options());
     for (const FfnOutput& ffn : ffns) l1 = l1 + ffn.l1;
-    const auto rows = static_cast<double>(ffns.size()) * static_cast<double>(targets.size(0));
+    const auto rows = static_cast<double>(ffns.size()) * static_cast<double>(hidden.numel()) /
+                      static_cast<double>(hidden.size(-1));
     (loss + kLambda / rows * l1).backward();
     step.gradient_norm = optimizer_->step(kLearningRate);
     return step;
   }
 
+  // The loss of a step that left it out.
+  void complete(Step& step, const Tensor& tokens) const {
+    if (step.loss.defined()) return;
+    const torch::NoGradGuard no_grad;
+    step.loss = loss_of(std::exchange(step.hidden, Tensor()), tokens);
+  }
+
  private:
+  Tensor loss_of(const Tensor& hidden, const Tensor& tokens) const {
+    const Tensor targets = tokens.narrow(1, 1, hidden.size(1)).reshape({-1});
+    return linear_cross_entropy(hidden.reshape({targets.size(0), -1}), model_.head(), targets);
+  }
+
   Llama& model_;
-  bool training_, recompute_;
+  ModelWork work_;
+  bool recompute_;
   std::optional<AdamW> optimizer_;
 };
+
+void wait_for(const torch::Device& device) {
+  if (!device.is_cpu()) {
+    c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+  }
+}
 
 // |a - b| relative to b.
 double apart(double a, double b) { return std::abs(a - b) / std::max(std::abs(b), 1e-12); }
@@ -148,6 +178,18 @@ Json nullable(const std::optional<T>& value) {
 
 }  // namespace
 
+const char* name_of(ModelWork work) {
+  switch (work) {
+    case ModelWork::kForward:
+      return "forward";
+    case ModelWork::kEval:
+      return "eval";
+    case ModelWork::kTrain:
+      return "train";
+  }
+  return "?";
+}
+
 Json bench_model(Llama& model, const std::vector<Tensor>& batches,
                  const ModelBenchOptions& options) {
   for (const FfnMode mode : options.forms) model.check_mode(mode);
@@ -162,8 +204,9 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
   std::vector<Form> forms(options.forms.begin(), options.forms.end());
   const auto count = static_cast<std::int64_t>(forms.size());
   const Json active = activity(model, batches.front());
-  Stepper step(model, options.training, options.recompute);
+  Stepper step(model, options.work, options.recompute);
   const Timer timer(device, /*flush=*/false);
+  const bool training = options.work == ModelWork::kTrain;
 
   double loss_difference = 0;
   std::int64_t rounds = -kWarmUp;
@@ -175,20 +218,24 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
     for (std::int64_t i = 0; i < count; ++i) {
       Form& form = forms[static_cast<std::size_t>((turn + i) % count)];
       const double ms = timer([&] { form.last = step(form.mode, tokens); });
+      step.complete(form.last, tokens);
       if (rounds >= 0) form.ms.push_back(ms);
     }
-    loss_difference = std::max(loss_difference, check_alike(forms, options.training));
+    loss_difference = std::max(loss_difference, check_alike(forms, training));
     spent = rounds < 0 ? 0 : seconds_since(start);
     if (options.progress && options.seconds > 0) options.progress(spent / options.seconds);
   }
   const EnergyMeter meter(device);
   for (Form& form : forms) {
     // Waits for the device at the end of each step, so that all of it is counted.
-    const auto once = [&] { step(form.mode, batches.front()).loss.item(); };
+    const auto once = [&] {
+      step(form.mode, batches.front());
+      wait_for(device);
+    };
     form.peak = peak_bytes(device, once);
     if (meter.works()) form.joules = joules_per_step(meter, once);
     if (!options.kernels) continue;
-    for (const KernelTime& kernel : kernel_times(device, once)) {
+    for (const KernelTime& kernel : kernel_times(once)) {
       form.kernels.push_back({{"name", kernel.name}, {"calls", kernel.calls}, {"ms", kernel.ms}});
     }
   }
@@ -196,7 +243,7 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
   const ModelConfig& c = model.config();
   const std::int64_t windows = batches.front().size(0), length = batches.front().size(1) - 1;
   const auto tokens = static_cast<double>(windows * length);
-  Json result = {{"mode", options.training ? "train" : "forward"},
+  Json result = {{"mode", name_of(options.work)},
                  {"checkpoint_activations", options.recompute},
                  {"batch", windows},
                  {"tokens", length},
@@ -216,7 +263,7 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
     result["tokens_per_second"][form.name] = tokens / median * 1000;
     result["loss"][form.name] = form.last.loss.item<double>();
     result["gradient_norm"][form.name] =
-        options.training ? Json(form.last.gradient_norm.item<double>()) : Json();
+        training ? Json(form.last.gradient_norm.item<double>()) : Json();
     result["peak_bytes"][form.name] = nullable(form.peak);
     result["energy_mj_per_token"][form.name] =
         form.joules ? Json(*form.joules / tokens * 1000) : Json();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -44,7 +45,6 @@ struct BenchModelFlags {
   std::int64_t kv_heads = 16;
   std::int64_t vocabulary = 49152;
 
-  std::string mode = "forward";
   std::vector<std::string> forms{"dense", "twell"};
   std::int64_t batch = 8;
   std::int64_t tokens = 2048;
@@ -60,10 +60,12 @@ struct Subject {
   bool pattern_verified = false;
 };
 
+bool trains(const BenchModelFlags& flags) { return flags.bench.work == ModelWork::kTrain; }
+
 // A checkpoint on its own kind of text.
 Subject read_subject(const BenchModelFlags& flags, const torch::Device& device) {
   if (flags.data.empty()) throw Error("--checkpoint needs --data PATH: the text to run through it");
-  const auto stored = flags.bench.training ? torch::kFloat32 : torch::kBFloat16;
+  const auto stored = trains(flags) ? torch::kFloat32 : torch::kBFloat16;
   Subject subject{Llama::load(flags.checkpoint, stored, torch::kBFloat16, device), {}, {}};
   const ModelConfig& config = subject.model.config();
   const TokenStream stream =
@@ -111,7 +113,7 @@ Subject make_subject(const BenchModelFlags& flags, const torch::Device& device) 
     subject.batches.push_back(
         patterned_tokens(distinct, flags.batch, flags.tokens + 1, i).to(device));
   }
-  if (!flags.bench.training) {
+  if (!trains(flags)) {
     for (auto& [name, value] : subject.model.parameters()) value = value.to(torch::kBFloat16);
   }
   if (!follows_patterns(subject.model, patterns, subject.batches.front())) {
@@ -181,8 +183,7 @@ void run_bench_model(const CLI::App& command, BenchModelFlags flags) {
 
   const torch::Device device = flags.run.start();
   keep_freed_memory();
-  flags.bench.training = flags.mode == "train";
-  if (flags.bench.recompute && !flags.bench.training) {
+  if (flags.bench.recompute && !trains(flags)) {
     throw Error("--checkpoint-activations goes with --mode train only");
   }
   flags.bench.forms.clear();
@@ -236,9 +237,14 @@ void add_bench_model_command(CLI::App& bench) {
   size("--heads", flags->heads, "Its attention heads");
   size("--kv-heads", flags->kv_heads, "Its heads of keys and values");
   size("--vocabulary", flags->vocabulary, "Its vocabulary");
-  command.add_option("--mode", flags->mode, "forward (loss included) or train (AdamW included)")
-      ->check(CLI::IsMember({"forward", "train"}))
-      ->capture_default_str();
+  static const std::map<std::string, ModelWork> kModes = {
+      {"forward", ModelWork::kForward}, {"eval", ModelWork::kEval}, {"train", ModelWork::kTrain}};
+  command
+      .add_option("--mode", flags->bench.work,
+                  "forward: all tokens, and the logits of each window's last, as for a prompt; "
+                  "eval: and the loss of every token; train: and backward and AdamW")
+      ->transform(CLI::CheckedTransformer(kModes).description("forward|eval|train"))
+      ->default_str("forward");
   command.add_flag("--checkpoint-activations", flags->bench.recompute,
                    "Keep only each layer's input for backward and compute the layer again there");
   size("--batch", flags->batch, "Windows of a step");

@@ -85,28 +85,36 @@ Tensor rope_frequencies(const ModelConfig& c) {
   return frequencies;
 }
 
-// y = x ⊙ cos + (-x₂, x₁) ⊙ sin for x = (x₁, x₂), the halves of the last dimension; `sign` turns
-// the other way. cos, sin [length, head_dim], both halves alike.
-Tensor turn(const Tensor& x, const Tensor& cos, const Tensor& sin, int sign) {
-  Tensor y = x * cos;
-  const auto from = x.chunk(2, -1), to = y.chunk(2, -1), sines = sin.chunk(2, -1);
-  to[0].addcmul_(from[1], sines[0], -sign);
-  to[1].addcmul_(from[0], sines[1], sign);
-  return y;
+// The rotary embedding of one head as matrices R [length, head_dim, head_dim]: for x = (x₁, x₂),
+// the halves of its last dimension, x R = x ⊙ (cos, cos) + (-x₂, x₁) ⊙ (sin, sin). cos, sin
+// [length, head_dim / 2].
+Tensor rotations(const Tensor& cos, const Tensor& sin) {
+  const int64_t half = cos.size(1);
+  Tensor r = torch::zeros({cos.size(0), 2 * half, 2 * half}, cos.options());
+  r.diagonal(0, 1, 2).copy_(torch::cat({cos, cos}, 1));
+  r.diagonal(half, 1, 2).copy_(sin);
+  r.diagonal(-half, 1, 2).copy_(-sin);
+  return r;
 }
 
-// The rotary embedding: x [batch, heads, length, head_dim] rotated by its position. Half the passes
-// over memory that autograd's own formula takes, each way.
+// x [batch, length, heads, head_dim] times R [length, head_dim, head_dim], the same for all of the
+// batch. Small products beat elementwise kernels: they pass over memory once.
 struct Rotate : torch::autograd::Function<Rotate> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& cos,
-                        const Tensor& sin) {
-    ctx->save_for_backward({cos, sin});
-    return turn(x, cos, sin, 1);
+  static Tensor turn(const Tensor& x, const Tensor& r) {
+    Tensor y = torch::empty(x.sizes(), x.options());
+    for (int64_t i = 0; i < x.size(0); ++i) {
+      Tensor part = y[i];
+      torch::bmm_out(part, x[i], r);
+    }
+    return y;
+  }
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& r) {
+    ctx->save_for_backward({r});
+    return turn(x, r);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    return {turn(grads[0], saved[0], saved[1], -1), Tensor(), Tensor()};
+    return {turn(grads[0], ctx->get_saved_variables()[0].transpose(1, 2)), Tensor()};
   }
 };
 
@@ -266,9 +274,8 @@ void Llama::reserve_positions(int64_t count) {
   const torch::NoGradGuard no_grad;
   const Tensor angles = torch::outer(torch::arange(2 * count).to(torch::kFloat32),
                                      rope_frequencies(config_));  // [positions, head_dim / 2]
-  const Tensor both = torch::cat({angles, angles}, -1);
-  cos_ = both.cos().to(torch::TensorOptions(device_).dtype(compute_));
-  sin_ = both.sin().to(torch::TensorOptions(device_).dtype(compute_));
+  cos_ = angles.cos().to(torch::TensorOptions(device_).dtype(compute_));
+  sin_ = angles.sin().to(torch::TensorOptions(device_).dtype(compute_));
 }
 
 void Llama::reserve(KvCache& cache, int64_t length) {
@@ -279,30 +286,26 @@ void Llama::reserve(KvCache& cache, int64_t length) {
   }
 }
 
-Tensor Llama::attention(int layer, const Tensor& x, KvCache* cache, int64_t position) {
+Tensor Llama::attention(int layer, const Tensor& x, const Tensor& turns, KvCache* cache) {
   const int64_t batch = x.size(0), length = x.size(1), head_dim = config_.head_dim;
   const auto project = [&](const Tensor& input, const std::string& name, bool bias) {
     const std::string base = layer_name(layer, "self_attn." + name + "_proj.");
     return torch::linear(input, weight(base + "weight"), bias ? weight(base + "bias") : Tensor());
   };
-  const auto split = [&](const Tensor& t, int64_t heads) {  // → [batch, heads, length, head_dim]
-    return t.view({batch, length, heads, head_dim}).transpose(1, 2);
+  const auto split = [&](const std::string& name, int64_t heads) {
+    return project(x, name, config_.qkv_bias()).view({batch, length, heads, head_dim});
   };
-  const bool in_slot = cache != nullptr && cache->slot.defined();
-  const auto rows = [&](const Tensor& table) {  // of this call's positions
-    return in_slot ? table.index_select(0, cache->slot) : table.narrow(0, position, length);
-  };
-  const Tensor cos = rows(cos_), sin = rows(sin_);
-  const bool bias = config_.qkv_bias();
-  const Tensor q =
-      Rotate::apply(split(project(x, "q", bias), config_.num_attention_heads), cos, sin);
-  Tensor k = Rotate::apply(split(project(x, "k", bias), config_.num_key_value_heads), cos, sin);
-  Tensor v = split(project(x, "v", bias), config_.num_key_value_heads);
+  // [batch, heads, length, head_dim], as views
+  const int64_t kv_heads = config_.num_key_value_heads;
+  const Tensor q = Rotate::apply(split("q", config_.num_attention_heads), turns).transpose(1, 2);
+  Tensor k = Rotate::apply(split("k", kv_heads), turns).transpose(1, 2);
+  Tensor v = split("v", kv_heads).transpose(1, 2);
   if (cache != nullptr) {
     const auto index = static_cast<size_t>(layer);
     k = append(cache->keys[index], k, *cache);
     v = append(cache->values[index], v, *cache);
   }
+  const bool in_slot = cache != nullptr && cache->slot.defined();
   const Tensor visible =
       in_slot ? torch::arange(k.size(2), cache->slot.options()).le(cache->slot) : Tensor();
   const Tensor mixed = attend(q, k, v, visible).transpose(1, 2).reshape({batch, length, -1});
@@ -328,16 +331,17 @@ Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& opt
   return y;
 }
 
-Tensor Llama::block(int layer, Tensor x, const ForwardOptions& options, int64_t position,
+Tensor Llama::block(int layer, Tensor x, const Tensor& turns, const ForwardOptions& options,
                     std::optional<FfnPath> path) {
   const auto norm = [&](const std::string& name) {
     return rms_norm(x, parameters_.at(layer_name(layer, name)), config_.rms_norm_eps);
   };
-  x = x + attention(layer, norm("input_layernorm.weight"), options.cache, position);
+  x = x + attention(layer, norm("input_layernorm.weight"), turns, options.cache);
   return x + feed_forward(layer, norm("post_attention_layernorm.weight"), options, path);
 }
 
-Tensor Llama::recomputed_block(int layer, const Tensor& x, const ForwardOptions& options) {
+Tensor Llama::recomputed_block(int layer, const Tensor& x, const Tensor& turns,
+                               const ForwardOptions& options) {
   std::vector<Tensor> parameters;
   for (const auto& [name, value] : parameters_) {
     const bool here = name.starts_with(layer_name(layer, ""));
@@ -345,14 +349,14 @@ Tensor Llama::recomputed_block(int layer, const Tensor& x, const ForwardOptions&
   }
   // What the chooser decides the first time holds for the second.
   const auto path = std::make_shared<std::optional<FfnPath>>();
-  const auto run = [this, layer, mode = options.ffn, counts = options.counts,
+  const auto run = [this, layer, turns, mode = options.ffn, counts = options.counts,
                     path](const Tensor& input) {
     std::vector<FfnOutput> ffns;
     ForwardOptions inner;
     inner.ffn = mode;
     inner.ffn_outputs = &ffns;
     inner.counts = counts;
-    torch::autograd::variable_list outputs = {block(layer, input, inner, 0, *path)};
+    torch::autograd::variable_list outputs = {block(layer, input, turns, inner, *path)};
     if (!ffns.empty()) {
       *path = ffns[0].path;
       outputs.insert(outputs.end(), {ffns[0].l1, ffns[0].l0, ffns[0].activity});
@@ -380,12 +384,18 @@ Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
     options.cache->values.resize(choosers_.size());
   }
   reserve_positions(end);
+  const bool in_slot = options.cache != nullptr && options.cache->slot.defined();
+  const auto rows = [&](const Tensor& table) {  // of this call's positions
+    return in_slot ? table.index_select(0, options.cache->slot)
+                   : table.narrow(0, position, tokens.size(1));
+  };
+  const Tensor turns = rotations(rows(cos_), rows(sin_));
   const bool again = options.recompute && torch::GradMode::is_enabled();
   Tensor x = torch::embedding(parameters_.at(kEmbedding), tokens).to(compute_);
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    x = again ? recomputed_block(layer, x, options) : block(layer, x, options, position);
+    x = again ? recomputed_block(layer, x, turns, options) : block(layer, x, turns, options);
   }
-  if (options.cache != nullptr && !options.cache->slot.defined()) options.cache->length = end;
+  if (options.cache != nullptr && !in_slot) options.cache->length = end;
   return rms_norm(x, parameters_.at(kFinalNorm), config_.rms_norm_eps);
 }
 

@@ -90,20 +90,23 @@ class Llama {
   Llama(ModelConfig config, torch::ScalarType compute, torch::Device device);
   torch::Tensor weight(const std::string& name) const;  // in the compute dtype
   void reserve_positions(int64_t count);
-  torch::Tensor attention(int layer, const torch::Tensor& x, KvCache* cache, int64_t position);
+  // `turns`: rotations of this call's positions.
+  torch::Tensor attention(int layer, const torch::Tensor& x, const torch::Tensor& turns,
+                          KvCache* cache);
   // `path`, if given, is what the FFN must run; otherwise the layer's chooser decides.
   torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options,
                              std::optional<FfnPath> path);
-  torch::Tensor block(int layer, torch::Tensor x, const ForwardOptions& options, int64_t position,
-                      std::optional<FfnPath> path = std::nullopt);
-  torch::Tensor recomputed_block(int layer, const torch::Tensor& x, const ForwardOptions& options);
+  torch::Tensor block(int layer, torch::Tensor x, const torch::Tensor& turns,
+                      const ForwardOptions& options, std::optional<FfnPath> path = std::nullopt);
+  torch::Tensor recomputed_block(int layer, const torch::Tensor& x, const torch::Tensor& turns,
+                                 const ForwardOptions& options);
 
   ModelConfig config_;
   torch::ScalarType compute_;
   torch::Device device_;
   Parameters parameters_;
   std::vector<FfnChooser> choosers_;
-  torch::Tensor cos_, sin_;  // [positions, head_dim] in the compute dtype, grown on demand
+  torch::Tensor cos_, sin_;  // [positions, head_dim / 2] in the compute dtype, grown on demand
 };
 
 }  // namespace twell::app

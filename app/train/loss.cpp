@@ -9,9 +9,28 @@ using torch::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Tokens whose logits are alive at once. A chunk adds a gradient as large as the head, in float32:
-// that costs a GPU about as much as a product over 500 tokens.
+// Tokens whose logits are alive at once. A chunk adds to a gradient as large as the head, in
+// float32.
 constexpr int64_t kChunk = 512, kCudaChunk = 4096;
+
+// Whether the products below go through one call: PyTorch's CPU products round to their own dtype.
+bool widens(const Tensor& a, torch::ScalarType wide) {
+  return a.is_cuda() && a.scalar_type() != wide;
+}
+
+// a b in a wider dtype.
+Tensor wide_product(const Tensor& a, const Tensor& b, torch::ScalarType wide) {
+  return widens(a, wide) ? torch::mm(a, b, wide) : torch::mm(a, b).to(wide);
+}
+
+// sum += a b, of a wider dtype.
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
+  if (widens(a, sum.scalar_type())) {
+    torch::addmm_out(sum, sum, a, b, sum.scalar_type());
+  } else {
+    sum += torch::mm(a, b);
+  }
+}
 
 struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head,
@@ -29,16 +48,18 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
       const int64_t count = std::min(chunk, tokens - first);
       const Tensor part = hidden.narrow(0, first, count);
       const Tensor target = targets.narrow(0, first, count).unsqueeze(1);
-      Tensor log_p = torch::log_softmax(torch::mm(part, head.t()).to(wide), 1);  // [count, vocab]
-      sum -= log_p.gather(1, target).sum(torch::kFloat64);
+      const Tensor log_p =
+          torch::log_softmax(wide_product(part, head.t(), wide), 1);  // [count, vocab]
+      const Tensor of_target = log_p.gather(1, target);
+      sum -= of_target.sum(torch::kFloat64);
       if (!save) continue;
       // d/dlogits of the sum: softmax - onehot(target).
-      Tensor grad = log_p.exp_();
-      grad.scatter_add_(1, target, torch::full_like(target, -1, wide));
-      grad = grad.to(head.scalar_type());
+      Tensor grad = torch::empty(log_p.sizes(), head.options());
+      torch::exp_out(grad, log_p);
+      grad.scatter_(1, target, of_target.expm1().to(grad.scalar_type()));
       Tensor grad_part = grad_hidden.narrow(0, first, count);
       torch::mm_out(grad_part, grad, head);
-      grad_head += torch::mm(grad.t(), part);
+      add_product(grad_head, grad.t(), part);
     }
     if (save) ctx->save_for_backward({grad_hidden, grad_head.to(head.scalar_type())});
     ctx->saved_data["tokens"] = tokens;

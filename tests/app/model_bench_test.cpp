@@ -80,16 +80,17 @@ TEST(PatternedModel, TokensFollowTheRows) {
 
 TEST(BenchModel, ComparesTheFormsOfAModel) {
   const auto patterns = two_patterns(0.1);
-  for (const bool training : {false, true}) {
+  for (const ModelWork work : {ModelWork::kForward, ModelWork::kEval, ModelWork::kTrain}) {
+    const bool training = work == ModelWork::kTrain;
     Llama model = patterned_model(small_config(), patterns, 3, torch::kCPU);
     const std::vector<Tensor> batches = {patterned_tokens(32, 3, 33, 0),
                                          patterned_tokens(32, 3, 33, 1)};
     ModelBenchOptions options;
-    options.training = training;
+    options.work = work;
     options.forms = {FfnMode::kDense, FfnMode::kTwell, FfnMode::kAuto};
     options.seconds = 0;
     const auto r = bench_model(model, batches, options);
-    EXPECT_EQ(r["mode"], training ? "train" : "forward");
+    EXPECT_EQ(r["mode"], name_of(work));
     EXPECT_EQ(r["batch"], 3);
     EXPECT_EQ(r["tokens"], 32);
     EXPECT_EQ(r["parameters"], model.parameter_count());
@@ -128,7 +129,7 @@ TEST(BenchModel, ComputesLayersAgainIfAsked) {
   const auto patterns = two_patterns(0.1);
   Llama model = patterned_model(small_config(), patterns, 3, torch::kCPU);
   ModelBenchOptions options;
-  options.training = true;
+  options.work = ModelWork::kTrain;
   options.seconds = 0;
   std::vector<double> loss, passes;
   for (const bool recompute : {false, true}) {

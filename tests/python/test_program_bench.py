@@ -22,7 +22,7 @@ def bench(out, *arguments, **keywords):
     return done.stdout, report["machine"], report["results"][0]
 
 
-@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("mode", ["forward", "eval", "train"])
 def test_random_model_with_a_given_density(tmp_path, monkeypatch, mode):
     monkeypatch.setenv("TWELL_COMMIT", "abc123")
     text, machine, result = bench(

@@ -119,10 +119,11 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
         (row["source"], row["layers"], row["mode"], row["checkpoint_activations"])
         for row in report["results"]
     ]
-    cases = [("forward", False), ("train", False), ("train", True)]
+    cases = [("forward", False), ("eval", False), ("train", False), ("train", True)]
     assert rows == [
         *(("traces", 2, *case) for case in cases),
         ("traces", 3, "forward", False),
+        ("traces", 3, "eval", False),
         *(("checkpoint", 2, *case) for case in cases),
     ]
     assert str(traces) not in out.read_text() and str(model) not in out.read_text()
