@@ -3,9 +3,10 @@
 usage: cuda_ffn.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE [--commit ID]
                    [--only prefill|decode] [--cases "layer 5,29 uniform"] [--tokens 131072,16384]
 
-Medians of CUDA events. A case is a layer of the traces, N neurons chosen at random per token, or
-random weights (half of the gate's values positive). The input that gives a pattern is found by
-gradient descent on x and the gate, until their bf16 product has the pattern exactly.
+Medians of CUDA events. A case is a layer of the traces, N neurons chosen at random per token (also
+at other sizes, "29 uniform, HIDDENxNEURONS"), or random weights (half of the gate's values
+positive). The input that gives a pattern is found by gradient descent on x and the gate, until
+their bf16 product has the pattern exactly.
 """
 
 import argparse
@@ -26,6 +27,7 @@ KERNEL = re.compile(r"twell::cuda::.*?(\w+)_kernel")
 PREFILL = (131072, 16384, 4096, 1024, 512, 128)
 COMPILED = PREFILL[:2]  # tokens for which the compiled dense form is timed too
 DECODE = (1, 4, 16, 32, 64)
+OTHER_SIZES = ((3072, 8192), (4096, 14336))  # hidden, neurons
 DECODE_LAYERS = 8  # weights in rotation, so that they come from memory
 
 
@@ -36,10 +38,11 @@ def current_stream():
 class Forward:
     """ffn_forward of the core with its workspace."""
 
-    def __init__(self, library, tokens):
+    def __init__(self, library, tokens, gate):
         self.library = library
         self.message = ctypes.create_string_buffer(1000)
-        sizes = [ctypes.c_int64(v) for v in (tokens, HIDDEN, NEURONS)]
+        neurons, hidden = gate.shape
+        sizes = [ctypes.c_int64(v) for v in (tokens, hidden, neurons)]
         self.plan = ctypes.c_void_p(library.twell_bench_plan(0, *sizes, self.message, 1000))
         if not self.plan:
             raise RuntimeError(self.message.value.decode())
@@ -68,8 +71,12 @@ def dense_concatenated(x, gate_up, down_t):
 dense_compiled = torch.compile(dense, dynamic=False)
 
 
-def random_weight(rows, scale):
-    return (torch.randn(rows, HIDDEN, device="cuda") * scale).bfloat16()
+def random_weights(hidden=HIDDEN, neurons=NEURONS):
+    """Up and down, neuron-major."""
+    return [
+        (torch.randn(neurons, hidden, device="cuda") * scale**-0.5).bfloat16()
+        for scale in (hidden, neurons)
+    ]
 
 
 def trace_pattern(folder, layer):
@@ -81,23 +88,23 @@ def trace_pattern(folder, layer):
     return pattern.cuda()
 
 
-def uniform_pattern(active):
-    scores = torch.rand(TRACE_TOKENS, NEURONS, device="cuda")
-    pattern = torch.zeros(TRACE_TOKENS, NEURONS, dtype=torch.bool, device="cuda")
+def uniform_pattern(active, neurons=NEURONS):
+    scores = torch.rand(TRACE_TOKENS, neurons, device="cuda")
+    pattern = torch.zeros(TRACE_TOKENS, neurons, dtype=torch.bool, device="cuda")
     return pattern.scatter_(1, scores.topk(active, 1).indices, True)
 
 
-def fit(pattern):
-    """x [4096, HIDDEN] and gate with (x gateᵀ > 0) = pattern, by Adam on a squared hinge."""
-    gate = torch.randn(NEURONS, HIDDEN, device="cuda") * HIDDEN**-0.5
+def fit(pattern, hidden=HIDDEN):
+    """x [4096, hidden] and gate with (x gateᵀ > 0) = pattern, by Adam on a squared hinge."""
+    gate = torch.randn(pattern.shape[1], hidden, device="cuda") * hidden**-0.5
     gate[:, 0] = -0.3
     x = pattern.float() @ gate
     x[:, 0] = 1
-    x *= HIDDEN**0.5 / x.norm(dim=1, keepdim=True)
+    x *= hidden**0.5 / x.norm(dim=1, keepdim=True)
     sign = pattern.float() * 2 - 1
     weight = torch.where(pattern, 8.0, 1.0)
     state = [(x, 0.02, torch.zeros_like(x), torch.zeros_like(x))]
-    state.append((gate, 0.02 * HIDDEN**-0.5, torch.zeros_like(gate), torch.zeros_like(gate)))
+    state.append((gate, 0.02 * hidden**-0.5, torch.zeros_like(gate), torch.zeros_like(gate)))
     for step in range(1, 1001):
         xb, gb = x.bfloat16(), gate.bfloat16()
         product = (xb @ gb.T).float()
@@ -164,7 +171,7 @@ def relative_error(got, want):
 def sparsity(x, gate):
     """Mean active neurons of the first tokens, and mean size of their tiles' unions."""
     active = torch.relu(linear(x[:TRACE_TOKENS], gate)) > 0
-    tiles = active[: len(active) // TILE * TILE].view(-1, TILE, NEURONS).any(1)
+    tiles = active[: len(active) // TILE * TILE].view(-1, TILE, len(gate)).any(1)
     return {
         "active_mean": round(active.sum(1).float().mean().item(), 2),
         "union_mean": round(tiles.sum(1).float().mean().item(), 2),
@@ -176,7 +183,7 @@ def prefill(library, case, x, gate, up, down, tokens):
     y = torch.empty_like(x)
     down_t = down.T.contiguous()
     gate_up = torch.cat((gate, up))
-    forward = Forward(library, tokens)
+    forward = Forward(library, tokens, gate)
     run = lambda: forward(x, gate, up, down, y)  # noqa: E731
     calls = [
         lambda: dense(x, gate, up, down_t),
@@ -206,13 +213,12 @@ def graph_of(call):
 
 def decode(library, case, x, gate, tokens):
     gates = [gate.clone() for _ in range(DECODE_LAYERS)]
-    ups = [random_weight(NEURONS, HIDDEN**-0.5) for _ in gates]
-    downs = [random_weight(NEURONS, NEURONS**-0.5) for _ in gates]
+    ups, downs = zip(*(random_weights() for _ in gates), strict=True)
     downs_t = [d.T.contiguous() for d in downs]
     gate_ups = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
     x = x[:tokens].contiguous()
     y = torch.empty_like(x)
-    forward = Forward(library, tokens)
+    forward = Forward(library, tokens, gate)
 
     def run():
         for weights in zip(gates, ups, downs, strict=True):
@@ -278,8 +284,7 @@ def main():
     arguments = parser.parse_args()
     library = load_library(arguments.library)
     torch.manual_seed(0)
-    up = random_weight(NEURONS, HIDDEN**-0.5)
-    down = random_weight(NEURONS, NEURONS**-0.5)
+    up, down = random_weights()
     inputs = {
         f"layer {layer}": lambda layer=layer: fit(trace_pattern(arguments.traces, layer))
         for layer in (1, 2, 4, 5, 7)
@@ -302,6 +307,14 @@ def main():
         x, gate = make()
         rows += [prefill(library, case, x, gate, up, down, tokens) for tokens in sizes]
         rows += [decode(library, case, x, gate, tokens) for tokens in decoded]
+
+    for hidden, neurons in OTHER_SIZES:
+        case, tokens = f"29 uniform, {hidden}x{neurons}", COMPILED[-1]
+        wanted = arguments.only != "decode" and tokens in (arguments.tokens or [tokens])
+        if wanted and (not arguments.cases or case in arguments.cases):
+            x, gate = fit(uniform_pattern(29, neurons), hidden)
+            weights = random_weights(hidden, neurons)
+            rows.append(prefill(library, case, x, gate, *weights, tokens))
 
     write_report(arguments, rows)
 

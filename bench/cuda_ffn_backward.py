@@ -20,7 +20,7 @@ from cuda_ffn import (
     load_library,
     make_parser,
     medians_ms,
-    random_weight,
+    random_weights,
     relative_error,
     sparsity,
     stage_ms,
@@ -121,8 +121,7 @@ def main():
     arguments = make_parser(__doc__).parse_args()
     library = load_library(arguments.library)
     torch.manual_seed(0)
-    up = random_weight(NEURONS, HIDDEN**-0.5)
-    down = random_weight(NEURONS, NEURONS**-0.5)
+    up, down = random_weights()
     rows = []
     for layer in (1, 2, 4, 5, 7):
         x, gate = fit(trace_pattern(arguments.traces, layer))
