@@ -57,15 +57,18 @@ ScalarType l1_dtype(DType dtype) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_forward(const Tensor& x,
                                                                const std::optional<Tensor>& gate,
                                                                const Tensor& up, const Tensor& down,
-                                                               bool save) {
+                                                               bool save, bool count) {
   const FfnProblem problem = require_problem(x, gate, up, down);
   const Execution execution(x);
   const FfnPlan plan = require_plan(problem, execution.device(), save);
 
   Tensor y = execution.empty({problem.tokens, problem.hidden}, x.scalar_type());
-  Tensor l0 = execution.empty({}, ScalarType::Long);
-  Tensor l1 = execution.empty({}, l1_dtype(problem.dtype));
-  Tensor activity = execution.empty({problem.neurons}, ScalarType::Int);
+  const auto scalar = [&](ScalarType dtype) {
+    return count ? execution.empty({}, dtype) : execution.empty({0}, dtype);
+  };
+  Tensor l0 = scalar(ScalarType::Long);
+  Tensor l1 = scalar(l1_dtype(problem.dtype));
+  Tensor activity = execution.empty({count ? problem.neurons : 0}, ScalarType::Int);
   Tensor saved = execution.bytes(plan.saved_bytes);
   const Tensor workspace = execution.bytes(plan.workspace_bytes);
 
@@ -73,9 +76,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_forward(const Tensor& x,
   args.x = x.const_data_ptr();
   args.weights = weights_of(gate, up, down);
   args.y = y.mutable_data_ptr();
-  args.stats.l0 = static_cast<std::int64_t*>(l0.mutable_data_ptr());
-  args.stats.l1 = l1.mutable_data_ptr();
-  args.stats.activity = static_cast<std::int32_t*>(activity.mutable_data_ptr());
+  if (count) {
+    args.stats.l0 = static_cast<std::int64_t*>(l0.mutable_data_ptr());
+    args.stats.l1 = l1.mutable_data_ptr();
+    args.stats.activity = static_cast<std::int32_t*>(activity.mutable_data_ptr());
+  }
   args.saved = saved.mutable_data_ptr();
   args.workspace = workspace.mutable_data_ptr();
   args.stream = execution.stream();

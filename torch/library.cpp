@@ -6,7 +6,7 @@ namespace {
 
 STABLE_TORCH_LIBRARY(twell, library) {
   library.def(
-      "ffn_forward(Tensor x, Tensor? gate, Tensor up, Tensor down, bool save) -> "
+      "ffn_forward(Tensor x, Tensor? gate, Tensor up, Tensor down, bool save, bool count=True) -> "
       "(Tensor y, Tensor l0, Tensor l1, Tensor activity, Tensor saved)");
   library.def(
       "ffn_backward(Tensor grad_y, Tensor? grad_l1, Tensor x, Tensor? gate, Tensor up, "

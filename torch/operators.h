@@ -16,11 +16,12 @@ using torch::stable::Tensor;
 
 // The sparse block of twell/ffn.h for x [M, K], gate (none: a plain block), up and down [N, K],
 // of one dtype: BFloat16, Float or Double. Returns y [M, K], l0 int64 [], l1 Float (Double for
-// Double inputs) [], activity int32 [N], and saved uint8 for ffn_backward (empty unless `save`).
+// Double inputs) [], activity int32 [N], each empty unless `count`, and saved uint8 for
+// ffn_backward (empty unless `save`).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_forward(const Tensor& x,
                                                                const std::optional<Tensor>& gate,
                                                                const Tensor& up, const Tensor& down,
-                                                               bool save);
+                                                               bool save, bool count);
 
 // Gradients with respect to x, gate (empty for a plain block), up and down, given those of y and,
 // optionally, of l1.

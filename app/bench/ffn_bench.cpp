@@ -32,11 +32,12 @@ struct TwellOutput {
 
 TwellOutput run_twell(const Tensor& x, const PatternedFfn& ffn) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool);
+      const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("twell::ffn_forward", "").typed<Signature>();
   const auto gate = ffn.kind == FfnKind::kGated ? std::optional(ffn.gate()) : std::nullopt;
-  auto [y, l0, l1, activity, saved] = op.call(x, gate, ffn.up(), ffn.down, /*save=*/false);
+  auto [y, l0, l1, activity, saved] =
+      op.call(x, gate, ffn.up(), ffn.down, /*save=*/false, /*count=*/true);
   return {y, activity};
 }
 

@@ -100,7 +100,7 @@ void add_train_command(CLI::App& app) {
                   add("--kv-heads", o.kv_heads, "Heads of keys and values"),
                   add("--context", o.context, "Tokens of a window")});
   group("Schedule",
-        {add("--steps", o.steps, "Steps; then the run is deterministic (0: see --max-seconds)"),
+        {add("--steps", o.steps, "Steps (0: see --max-seconds)"),
          add("--max-seconds", o.max_seconds,
              "Stop after this time, reading of the data included; without --steps the schedules "
              "follow it (0: no limit)"),
@@ -116,7 +116,10 @@ void add_train_command(CLI::App& app) {
          add("--warmup", o.warmup, "Warm-up of learning rate and lambda, as a share of the run"),
          add("--weight-decay", o.weight_decay, "Decoupled weight decay of the matrices"),
          add("--clip", o.clip, "Greatest norm of the gradient (0: any)"),
-         add("--seed", o.seed, "Seed of weights and data order")});
+         add("--seed", o.seed, "Seed of weights and data order"),
+         command.add_flag("--deterministic,!--no-deterministic", o.deterministic,
+                          "The same bits in every run, also on a GPU, where attention's backward "
+                          "is then slower")});
   group(
       "Sparsity",
       {add("--target-active", o.target_active,

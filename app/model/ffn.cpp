@@ -16,12 +16,13 @@ using torch::Tensor;
 
 // Handles of twell's operators (see torch/); found by name once.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call_forward(const Tensor& x,
-                                                                const FfnWeights& w, bool save) {
+                                                                const FfnWeights& w, bool save,
+                                                                bool count) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool);
+      const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("twell::ffn_forward", "").typed<Signature>();
-  return op.call(x, w.gate, w.up, w.down, save);
+  return op.call(x, w.gate, w.up, w.down, save, count);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> call_backward(const Tensor& grad_y,
@@ -49,7 +50,8 @@ struct ReluFfn : torch::autograd::Function<ReluFfn> {
     Tensor y, l1, l0, activity;
     if (sparse) {
       Tensor saved;
-      std::tie(y, l0, l1, activity, saved) = call_forward(x, {gate, up, down}, save);
+      std::tie(y, l0, l1, activity, saved) =
+          call_forward(x, {gate, up, down}, save, counts != FfnCounts::kNone);
       if (save) ctx->save_for_backward({x, gate, up, down, saved});
     } else {
       const Tensor g = torch::mm(x, gate.t());  // [tokens, neurons], relu'd by gated_relu

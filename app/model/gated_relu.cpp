@@ -125,8 +125,14 @@ GatedReluGradients gated_relu_backward(const Tensor& grad_h, const Tensor& grad_
                                        const Tensor& gate, const Tensor& up) {
   const int64_t neurons = gate.size(1);
   if (!has_fast_path(gate)) {
-    const Tensor s = grad_l1.defined() ? grad_h + up.sign().mul_(grad_l1) : grad_h;
-    return {(s * up).masked_fill_(gate.le(0), 0), torch::relu(gate).mul_(s)};
+    Tensor s = grad_h;
+    if (grad_l1.defined()) {
+      const Tensor sign = up.sign();
+      // By a scalar on the device, without the slow kernels of broadcasting.
+      torch::_foreach_mul_({sign}, grad_l1.to(sign.scalar_type()));
+      s = sign.add_(grad_h);
+    }
+    return {torch::threshold_backward(s * up, gate, 0), torch::relu(gate).mul_(s)};
   }
   GatedReluGradients out{torch::empty_like(gate), torch::empty_like(up)};
   uint16_t* const grad_g = mutable_bits(out.gate);

@@ -33,6 +33,7 @@ struct TrainOptions {
   double weight_decay = 0.1;
   double clip = 1.0;
   uint64_t seed = 0;
+  bool deterministic = true;  // attention's backward too, which costs a GPU some time
 
   std::string target_active = "4%";  // neurons, or with % a share of them; 0: λ is not steered
   double lambda = 1e-4;              // λ at the end of its warm-up
@@ -49,8 +50,8 @@ struct TrainOptions {
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainOptions, data, heldout, tokenizer, eos, init, layers,
                                    hidden, neurons, heads, kv_heads, context, steps, max_seconds,
                                    batch, accumulate, checkpoint_activations, lr, lr_floor, warmup,
-                                   weight_decay, clip, seed, target_active, lambda, arrival,
-                                   revive_after, ffn, log_every, eval_every, eval_tokens,
+                                   weight_decay, clip, seed, deterministic, target_active, lambda,
+                                   arrival, revive_after, ffn, log_every, eval_every, eval_tokens,
                                    checkpoint_every)
 
 // "52" or "4%" as a number of the layer's neurons. Error if it is neither, or not in [0, neurons].

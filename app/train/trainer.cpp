@@ -58,6 +58,24 @@ class SignalWatch {
   }, old_term_{};
 };
 
+// While it lives, PyTorch computes by deterministic algorithms or, without one, throws.
+class DeterministicAlgorithms {
+ public:
+  explicit DeterministicAlgorithms(bool wanted) {
+    at::globalContext().setDeterministicFillUninitializedMemory(false);  // costs time, finds bugs
+    at::globalContext().setDeterministicAlgorithms(wanted, false);
+  }
+  ~DeterministicAlgorithms() {
+    at::globalContext().setDeterministicAlgorithms(before_, before_warn_only_);
+    at::globalContext().setDeterministicFillUninitializedMemory(before_fill_);
+  }
+
+ private:
+  const bool before_ = at::globalContext().deterministicAlgorithms();
+  const bool before_warn_only_ = at::globalContext().deterministicAlgorithmsWarnOnly();
+  const bool before_fill_ = at::globalContext().deterministicFillUninitializedMemory();
+};
+
 // FNV-1a over the tokens.
 uint64_t hash_of(const Corpus& corpus) {
   uint64_t hash = 0xcbf29ce484222325u;
@@ -187,6 +205,7 @@ class Trainer {
   fs::path folder_;
   torch::Device device_;
   TrainingState state_;
+  const DeterministicAlgorithms deterministic_;
   double seconds_before_ = 0;
   Tokenizer tokenizer_;
   int64_t eos_;
@@ -231,6 +250,7 @@ Trainer::Trainer(const TrainRun& run)
     : folder_(run.folder),
       device_(run.device),
       state_(initial_state(run)),
+      deterministic_(state_.options.deterministic),
       seconds_before_(state_.seconds),
       tokenizer_(Tokenizer::load(run.resume ? folder_ / "tokenizer.json"
                                             : fs::path(state_.options.tokenizer))),

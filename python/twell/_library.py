@@ -38,12 +38,13 @@ def _saved_bytes(x: Tensor, gate: Tensor | None, up: Tensor) -> int | torch.SymI
 
 
 @torch.library.register_fake("twell::ffn_forward")
-def _(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, save: bool):
+def _(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, save: bool, count: bool = True):
+    scalar = () if count else (0,)
     return (
         x.new_empty(x.shape),
-        x.new_empty((), dtype=torch.int64),
-        x.new_empty((), dtype=l1_dtype(x.dtype)),
-        x.new_empty(up.shape[0], dtype=torch.int32),
+        x.new_empty(scalar, dtype=torch.int64),
+        x.new_empty(scalar, dtype=l1_dtype(x.dtype)),
+        x.new_empty(up.shape[0] if count else 0, dtype=torch.int32),
         x.new_empty(_saved_bytes(x, gate, up) if save else 0, dtype=torch.uint8),
     )
 
@@ -82,7 +83,7 @@ def _(words: Tensor, columns: int):
 
 
 def _ffn_setup_context(ctx, inputs, output):
-    x, gate, up, down, save = inputs
+    x, gate, up, down, save, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.saves = save
     ctx.save_for_backward(x, gate, up, down, output[4])
@@ -99,7 +100,7 @@ def _ffn_backward(ctx, grad_y, grad_l0, grad_l1, grad_activity, grad_saved):
     grad_x, grad_gate, grad_up, grad_down = torch.ops.twell.ffn_backward(
         grad_y, grad_l1, x, gate, up, down, saved
     )
-    return grad_x, None if gate is None else grad_gate, grad_up, grad_down, None
+    return grad_x, None if gate is None else grad_gate, grad_up, grad_down, None, None
 
 
 torch.library.register_autograd(

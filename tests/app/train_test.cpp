@@ -347,6 +347,8 @@ class Training : public testing::Test {
     return run;
   }
 
+  void resumes_to_the_same_bits(torch::Device device);
+
   const Scratch folder_;
 };
 
@@ -373,10 +375,11 @@ TEST_F(Training, LearnsAndWritesAModel) {
   EXPECT_LT(train(more)["heldout_loss"].get<double>(), summary["heldout_loss"].get<double>() + 1);
 }
 
-TEST_F(Training, IsDeterministicAndResumesToTheSameBits) {
+void Training::resumes_to_the_same_bits(torch::Device device) {
   for (const char* ffn : {"dense", "twell", "auto"}) {
     const auto named = [&](const std::string& name) {
       TrainRun r = run(name + ffn);
+      r.device = device;
       r.options.ffn = ffn;
       r.options.accumulate = 2;
       return r;
@@ -424,6 +427,13 @@ TEST_F(Training, IsDeterministicAndResumesToTheSameBits) {
       EXPECT_EQ(nlohmann::json::parse(x)["lambda"], nlohmann::json::parse(y)["lambda"]);
     }
   }
+}
+
+TEST_F(Training, IsDeterministicAndResumesToTheSameBits) { resumes_to_the_same_bits(torch::kCPU); }
+
+TEST_F(Training, IsDeterministicAndResumesToTheSameBitsOnTheGpu) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "there is no GPU";
+  resumes_to_the_same_bits(torch::kCUDA);
 }
 
 // What would stop the host until a GPU has caught up, counted on the CPU: scalars that are read,

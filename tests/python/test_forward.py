@@ -49,6 +49,16 @@ def test_float32_and_float64_are_not_rounded_to_bf16(kind, shape, density, dtype
 
 
 @pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_counting_is_optional(kind, save):
+    block = make_block(130, 64, 520, kind=kind, density=0.05)
+    y, l0, l1, activity, saved = torch.ops.twell.ffn_forward(*block.operands, save, count=False)
+    want = forward(block, save)
+    assert torch.equal(y, want[0]) and saved.shape == want[4].shape
+    assert l0.shape == l1.shape == activity.shape == (0,)
+
+
+@pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,5 +164,6 @@ def test_opcheck(kind, tokens, save):
     try:
         block = make_block(tokens, 64, 136, kind=kind, dtype=torch.float32)
         torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, save))
+        torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, save, False))
     finally:
         torch.use_deterministic_algorithms(False)
