@@ -7,13 +7,16 @@ Runs `twell bench model` once per case and writes bench/results/h200/model.json 
     {"machine": {…}, "results": [{"source", "mode", "layers", "batch", "dense_ms", "twell_ms", …}]}
 
 The layers of a random model follow the traces in turn. With --checkpoint, a model that `twell
-train` wrote, the cases of its number of layers run on it as well, on text from PATH. Needs nothing
-but Python's standard library; a case takes under a minute.
+train` wrote, the cases of its number of layers run on it as well, on text from PATH. With two
+devices, two cases run at once, each on its own. Needs nothing but Python's standard library; a case
+takes under a minute.
 """
 
 import argparse
 import json
+import queue
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpu_machine import bench_model, write_json
@@ -37,7 +40,7 @@ def main():
     parser.add_argument("--checkpoint", type=Path, help="a trained model to time as well")
     parser.add_argument("--data", type=Path, help="text for it")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/h200/model.json")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", nargs="+", default=["cuda"])
     parser.add_argument("--seconds", type=float, default=8, help="of timing, per case")
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) != (arguments.data is None):
@@ -53,14 +56,24 @@ def main():
                 rest = {name: value for name, value in case.items() if name != "layers"}
                 subjects.append((trained, rest))
 
-    results = []
-    for subject, case in subjects:
-        values = {**subject, **case, "device": arguments.device, "seconds": arguments.seconds}
+    free = queue.SimpleQueue()
+    for device in arguments.device:
+        free.put(device)
+
+    def time_case(job):
+        subject, case = job
+        device = free.get()
+        values = {**subject, **case, "device": device, "seconds": arguments.seconds}
         machine, result = bench_model(arguments.twell, values)
+        free.put(device)
         # Where the folders lie is no part of a figure.
-        result["source"] = "checkpoint" if "checkpoint" in subject else "traces"
-        results.append(result)
-        write_json(arguments.out, {"machine": machine, "results": results})
+        return machine, {**result, "source": "checkpoint" if "checkpoint" in subject else "traces"}
+
+    results = []
+    with ThreadPoolExecutor(len(arguments.device)) as pool:
+        for machine, result in pool.map(time_case, subjects):
+            results.append(result)
+            write_json(arguments.out, {"machine": machine, "results": results})
     print(f"wrote {arguments.out}")
 
 

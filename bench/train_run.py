@@ -11,13 +11,14 @@ Steps, each left out once it is done, so that the same command goes on where an 
     sparse/         `twell train --ffn auto`, steered to --target-active neurons per token
 
 Both runs make the same steps on the same batches and are evaluated on the same held-out tokens.
-Before --budget seconds are over the run at hand saves itself and the script ends with status 3:
-call it again. FILE is written whenever the script ends, and says under "complete" whether both
-runs are done. Needs the package tokenizers, else only the standard library.
+With two devices they run at once, each on its own. Before --budget seconds are over a run saves
+itself and the script ends with status 3: call it again. FILE is written whenever the script ends,
+and says under "complete" whether both runs are done. Needs the package tokenizers, else only the standard library.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import signal
@@ -230,7 +231,7 @@ def parse_arguments():
     add("--target-active", default="30", help="of the sparse run")
     add("--lambda", dest="lambda_", type=float, default=1e-4, help="that it starts with")
     add("--arrival", type=float, default=0.35, help="when it is there, as a share of the run")
-    add("--device", default="cuda")
+    add("--device", nargs="+", default=["cuda"], help="with two, both runs go at once")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other flags of twell train")
     add("--vocabulary", type=int, default=VOCABULARY)
     return parser.parse_args()
@@ -255,7 +256,7 @@ def main():
     rate = once(
         state / "rate.json",
         "speed of dense training",
-        lambda: measure_rate(program, train, arguments.vocabulary, arguments.device),
+        lambda: measure_rate(program, train, arguments.vocabulary, arguments.device[0]),
     )
 
     tokens = train["batch"] * train["context"] * train.get("accumulate", 1)
@@ -272,11 +273,15 @@ def main():
         "arrival": arguments.arrival,
     }
     common = {"data": text, "tokenizer": tokenizer, **settings}
-    done = all(
-        run_leg(program, state / leg, common | own, arguments.device, deadline)
-        for leg, own in LEGS.items()
-    )
-    answer = report(state, {**settings, "sparse": LEGS["sparse"], "data": data})
+    devices = itertools.cycle(arguments.device)
+    with ThreadPoolExecutor(len(arguments.device)) as pool:
+        legs = [
+            pool.submit(run_leg, program, state / leg, common | own, device, deadline)
+            for (leg, own), device in zip(LEGS.items(), devices, strict=False)
+        ]
+        done = all([leg.result() for leg in legs])
+    at_once = len(arguments.device) > 1
+    answer = report(state, {**settings, "sparse": LEGS["sparse"], "data": data, "at_once": at_once})
     write_json(arguments.json, answer)
     say(f"wrote {arguments.json}")
     if not done:

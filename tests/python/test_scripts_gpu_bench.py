@@ -69,6 +69,16 @@ def test_both_runs_see_the_same_tokens(finished):
 
 
 @needs_program
+def test_both_runs_may_go_at_once(tmp_path, finished):
+    answer = train_run(tmp_path, "--steps", 40, "--device", "cpu", "cpu")
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert report["settings"]["at_once"]
+    for leg in ("dense", "sparse"):
+        assert report[leg]["curves"]["loss"] == finished[1][leg]["curves"]["loss"]
+
+
+@needs_program
 def test_goes_on_after_its_budget(tmp_path):
     steps = []
     for _ in range(2):
@@ -96,7 +106,7 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
     command += ["--save-trace", traces, "--threads", "1"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     script = (ROOT / "bench/run_model.py").read_text()
-    assert len(run_model.CASES) == 4 and run_model.SIZES["hidden"] == 2048
+    assert len(run_model.CASES) == 6 and run_model.SIZES["hidden"] == 2048
     small = (
         script.replace("2048", "16").replace("49152", "512").replace('"batch": 64', '"batch": 2')
     )
