@@ -13,7 +13,8 @@ Steps, each left out once it is done, so that the same command goes on where an 
 Both runs make the same steps on the same batches and are evaluated on the same held-out tokens.
 With two devices they run at once, each on its own. Before --budget seconds are over a run saves
 itself and the script ends with status 3: call it again. FILE is written whenever the script ends,
-and says under "complete" whether both runs are done. Needs the package tokenizers, else only the standard library.
+and says under "complete" whether both runs are done. Needs the package tokenizers, else only the
+standard library.
 """
 
 import argparse
