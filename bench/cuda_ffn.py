@@ -149,9 +149,12 @@ def stage_ms(call):
     return {name: round(ms, 4) for name, ms in stages.items()}
 
 
-def result(case, tokens, dense_ms, strongest_ms, twell_ms, stages, error):
+def result(case, gate, tokens, dense_ms, strongest_ms, twell_ms, stages, error):
+    neurons, hidden = gate.shape
     row = {
         "case": case,
+        "hidden": hidden,
+        "neurons": neurons,
         "tokens": tokens,
         "dense_ms": round(dense_ms, 4),
         "dense_concatenated_ms": round(strongest_ms, 4),
@@ -194,7 +197,7 @@ def prefill(library, case, x, gate, up, down, tokens):
         calls.append(lambda: dense_compiled(x, gate, up, down_t))
     times = medians_ms(calls)
     error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
-    row = result(case, tokens, *times[:3], stage_ms(run), error) | sparsity(x, gate)
+    row = result(case, gate, tokens, *times[:3], stage_ms(run), error) | sparsity(x, gate)
     if tokens in COMPILED:
         row["dense_compiled_ms"] = round(times[3], 4)
     return row
@@ -236,7 +239,7 @@ def decode(library, case, x, gate, tokens):
     times = [ms / DECODE_LAYERS for ms in medians_ms([graph.replay for graph in graphs], 30)]
     error = relative_error(y, dense(x, gates[-1], ups[-1], downs_t[-1]))
     stages = stage_ms(lambda: forward(x, gates[0], ups[0], downs[0], y))
-    return result(f"{case}, graph", tokens, *times, stages, error)
+    return result(f"{case}, graph", gate, tokens, *times, stages, error)
 
 
 def load_library(path):
@@ -265,8 +268,6 @@ def write_report(arguments, rows):
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": arguments.commit,
-        "hidden": HIDDEN,
-        "neurons": NEURONS,
         "results": rows,
     }
     with open(arguments.json, "w") as file:

@@ -102,6 +102,8 @@ def measure(library, case, x, gate, up, down, tokens=TOKENS):
     twell_ms, dense_ms = medians_ms([run, run_dense], 15)
     row = {
         "case": case,
+        "hidden": HIDDEN,
+        "neurons": NEURONS,
         "tokens": tokens,
         **sparsity(x, gate),
         "dense_ms": round(dense_ms, 4),

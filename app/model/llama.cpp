@@ -288,12 +288,10 @@ void Llama::reserve(KvCache& cache, int64_t length) {
 
 Tensor Llama::attention(int layer, const Tensor& x, const Tensor& turns, KvCache* cache) {
   const int64_t batch = x.size(0), length = x.size(1), head_dim = config_.head_dim;
-  const auto project = [&](const Tensor& input, const std::string& name, bool bias) {
-    const std::string base = layer_name(layer, "self_attn." + name + "_proj.");
-    return torch::linear(input, weight(base + "weight"), bias ? weight(base + "bias") : Tensor());
-  };
   const auto split = [&](const std::string& name, int64_t heads) {
-    return project(x, name, config_.qkv_bias()).view({batch, length, heads, head_dim});
+    const std::string base = layer_name(layer, "self_attn." + name + "_proj.");
+    const Tensor bias = config_.qkv_bias() ? weight(base + "bias") : Tensor();
+    return torch::linear(x, weight(base + "weight"), bias).view({batch, length, heads, head_dim});
   };
   // [batch, heads, length, head_dim], as views
   const int64_t kv_heads = config_.num_key_value_heads;
@@ -308,8 +306,15 @@ Tensor Llama::attention(int layer, const Tensor& x, const Tensor& turns, KvCache
   const bool in_slot = cache != nullptr && cache->slot.defined();
   const Tensor visible =
       in_slot ? torch::arange(k.size(2), cache->slot.options()).le(cache->slot) : Tensor();
-  const Tensor mixed = attend(q, k, v, visible).transpose(1, 2).reshape({batch, length, -1});
-  return project(mixed, "o", config_.o_bias());
+  return attend(q, k, v, visible).transpose(1, 2).reshape({batch, length, -1});
+}
+
+// One product with the sum inside, as a sum of its own is a pass over memory.
+Tensor Llama::add_attention_output(int layer, const Tensor& x, const Tensor& mixed) const {
+  const std::string base = layer_name(layer, "self_attn.o_proj.");
+  const Tensor sum = torch::addmm(x.reshape({-1, x.size(-1)}), mixed.reshape({-1, mixed.size(-1)}),
+                                  weight(base + "weight").t());
+  return (config_.o_bias() ? sum + weight(base + "bias") : sum).view_as(x);
 }
 
 Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& options,
@@ -336,7 +341,8 @@ Tensor Llama::block(int layer, Tensor x, const Tensor& turns, const ForwardOptio
   const auto norm = [&](const std::string& name) {
     return rms_norm(x, parameters_.at(layer_name(layer, name)), config_.rms_norm_eps);
   };
-  x = x + attention(layer, norm("input_layernorm.weight"), turns, options.cache);
+  x = add_attention_output(layer, x,
+                           attention(layer, norm("input_layernorm.weight"), turns, options.cache));
   return x + feed_forward(layer, norm("post_attention_layernorm.weight"), options, path);
 }
 

@@ -90,9 +90,12 @@ class Llama {
   Llama(ModelConfig config, torch::ScalarType compute, torch::Device device);
   torch::Tensor weight(const std::string& name) const;  // in the compute dtype
   void reserve_positions(int64_t count);
-  // `turns`: rotations of this call's positions.
+  // x [batch, length, hidden] → the heads' outputs side by side; `turns`: rotations of this call's
+  // positions.
   torch::Tensor attention(int layer, const torch::Tensor& x, const torch::Tensor& turns,
                           KvCache* cache);
+  torch::Tensor add_attention_output(int layer, const torch::Tensor& x,
+                                     const torch::Tensor& mixed) const;
   // `path`, if given, is what the FFN must run; otherwise the layer's chooser decides.
   torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options,
                              std::optional<FfnPath> path);

@@ -125,13 +125,13 @@ TEST(PlanFigures, OfAnH200) {
       // Below, PyTorch's time is that of its launches.
       if (r.at("tokens") < 1024) continue;
       ++cases;
-      expect_predicted(device, {kRatioFactor, kWorstChoice},
-                       {std::string(r.at("case")) + (training ? ", training" : ""),
-                        {FfnKind::kGated, DType::kBf16, r.at("tokens"), report.at("hidden"),
-                         report.at("neurons")},
-                        {FfnPath::kAuto, training, r.at("active_mean"), r.at("union_mean")},
-                        r.at("dense_ms"),
-                        r.at("twell_ms")});
+      expect_predicted(
+          device, {kRatioFactor, kWorstChoice},
+          {std::string(r.at("case")) + (training ? ", training" : ""),
+           {FfnKind::kGated, DType::kBf16, r.at("tokens"), r.at("hidden"), r.at("neurons")},
+           {FfnPath::kAuto, training, r.at("active_mean"), r.at("union_mean")},
+           r.at("dense_ms"),
+           r.at("twell_ms")});
     }
     EXPECT_GE(cases, 7);
   }

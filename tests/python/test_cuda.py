@@ -35,6 +35,7 @@ def test_forward(kind, shape, density):
 def test_opcheck(kind):
     block = make_block(37, 64, 136, kind=kind).to("cuda")
     torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, False))
+    torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, False, False))
     saved = torch.ops.twell.ffn_forward(*block.operands, True)[4]
     grads = torch.randn_like(block.x), torch.tensor(0.25, device="cuda")
     torch.library.opcheck(torch.ops.twell.ffn_backward, (*grads, *block.operands, saved))
@@ -60,6 +61,21 @@ def test_gradients(kind, shape, density):
     for ours, dense_one, expected in zip(found, rival, exact, strict=True):
         allowed = 1.1 * relative_error(dense_one, expected)
         assert relative_error(ours, expected) <= allowed + 1e-12
+
+
+@pytest.mark.parametrize("path", ["twell", "auto"])
+def test_compile_without_graph_breaks(path):
+    ffn = twell.GatedFFN(256, 1024, path=path, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(700, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def loss(x):
+        return ffn(x).square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    inputs = [x, *ffn.parameters()]
+    want, found = (torch.autograd.grad(run(x), inputs) for run in (loss, compiled))
+    for a, b in zip(found, want, strict=True):
+        assert relative_error(a, b.double()) <= 0.02
 
 
 def test_the_current_stream_is_used():
