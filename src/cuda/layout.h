@@ -25,17 +25,17 @@ inline constexpr int kUnionItem = 256;  // union positions of the largest piece 
 inline constexpr int kMaxChunkTiles = 1024;
 inline constexpr int kScheduleHeader = 20;  // bytes before the pieces of up work
 
-// Of the backward. Its chunks, with one set of masks and unions, go in rounds: of as many tiles as
-// find room for their columns of dg, du and h. There is room for one in kArenaShare tiles of a
-// chunk, but for kMinArenaTiles, with every neuron in the union; the traces' layers have 4 to 46%.
+// Of the backward. A chunk's masks and unions are made at once; its columns of dg, du and h in
+// rounds, each of as many tiles as there is room for: for one in kArenaShare of the chunk's, but
+// for kMinRoundTiles, with every neuron in their unions. (Of the traces' layers 4 to 46% are.)
 inline constexpr int kMaxBackwardTiles = 256;
-inline constexpr int kMaxRowTiles = 64;  // of a chunk whose lists have rows (NeuronRows)
-inline constexpr int kArenaShare = 8;
-inline constexpr int kMinArenaTiles = 16;
+inline constexpr int kMaxRowTiles = 64;  // where tokens of lists have rows (NeuronRows)
+inline constexpr std::int64_t kArenaShare = 8;
+inline constexpr std::int64_t kMinRoundTiles = 16;
 inline constexpr int kRowNeurons = 64;   // neurons that share a list of tokens
 inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
-// On Hopper: room for the coefficients of one in so many (token, neuron) pairs, and at most for as
-// many as a list's row can address.
+// On Hopper: room for the coefficients of one in so many (token, neuron) pairs of a pass, and at
+// most for as many as a list's row can address.
 inline constexpr std::int64_t kEntryShare = 16;
 inline constexpr std::int64_t kMaxEntries = (std::int64_t{1} << 25) - 1;
 
@@ -104,9 +104,8 @@ struct ForwardLayout {
   std::int64_t blocks = 0;    // of neurons
   std::int64_t capacity = 0;  // neurons rounded up to a multiple of kUnionStep
 
-  std::size_t masks, columns, unions, counts, first_positions, h, order, schedule, activity,
-      partial_l1;
-  std::size_t bytes;
+  std::size_t masks, columns, unions, counts, first_positions, h, order, schedule;
+  std::size_t activity, partial_l1, bytes;
 
   explicit ForwardLayout(const FfnPlan& plan) {
     const std::int64_t all_tiles = ceil_div<std::int64_t>(plan.problem.tokens, kTileTokens);
@@ -177,12 +176,6 @@ struct SavedLayout {
 // rows of coefficients of a group of blocks (NeuronRows).
 inline bool takes_token_lists(const Device& device) { return device.compute_capability / 10 == 9; }
 
-// Tiles of a backward's chunk of `tiles` whose columns have room even if all neurons are in use.
-constexpr std::int64_t arena_tiles(std::int64_t tiles) {
-  return std::min(
-      tiles, std::max<std::int64_t>(kMinArenaTiles, ceil_div<std::int64_t>(tiles, kArenaShare)));
-}
-
 struct BackwardLayout {
   std::int64_t chunks = 0;
   std::int64_t tiles = 0;      // of one chunk
@@ -215,9 +208,11 @@ struct BackwardLayout {
     chunks = ceil_div<std::int64_t>(all_tiles, has_lists ? kMaxBackwardTiles : kMaxRowTiles);
     tiles = chunks > 0 ? ceil_div(all_tiles, chunks) : 0;
     capacity = ceil_div<std::int64_t>(problem.neurons, kUnionStep) * kUnionStep;
-    const std::int64_t room = std::min(arena_tiles(tiles), plan.chunk_tokens / kTileTokens);
-    rounds = tiles > 0 ? ceil_div(tiles, room) : 0;
-    positions = room * capacity;
+    const std::int64_t fewest =  // of a round, and no more than of a forward's chunk
+        std::min({tiles, std::max(kMinRoundTiles, ceil_div(tiles, kArenaShare)),
+                  plan.chunk_tokens / kTileTokens});
+    rounds = tiles > 0 ? ceil_div(tiles, fewest) : 0;
+    positions = fewest * capacity;
     const std::int64_t all_blocks = ceil_div<std::int64_t>(problem.neurons, kRowNeurons);
     groups = ceil_div<std::int64_t>(all_blocks, kGroupBlocks);
     blocks = ceil_div(all_blocks, groups);

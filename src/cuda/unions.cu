@@ -189,7 +189,8 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedu
   __syncthreads();
 }
 
-// Each round takes tiles, one after the other, as long as their positions find room.
+// Each round takes tiles, one after the other, as long as their positions find room: so it is
+// deterministic.
 __device__ __forceinline__ void write_rounds(const ForwardChunk& chunk) {
   __shared__ int scratch[2][kWarps];
   int next = 0;  // tile
@@ -197,7 +198,7 @@ __device__ __forceinline__ void write_rounds(const ForwardChunk& chunk) {
     Schedule& round = chunk.schedule_of(i);
     const int first = next;
     int taken = 0;  // positions
-    int fitting = kThreads;
+    int fitting = next < chunk.tiles ? kThreads : 0;
     while (fitting == kThreads) {
       const int tile = next + static_cast<int>(threadIdx.x);
       const int count = tile < chunk.tiles ? __ldcg(&chunk.counts[tile]) : 0;
