@@ -189,29 +189,39 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedu
   __syncthreads();
 }
 
-// Each round takes tiles, one after the other, as long as their positions find room: so it is
-// deterministic.
+// Each round takes tiles, one after the other, as long as their positions find room and until it
+// has its share of as few rounds as may do. That is never more rounds than if each took only the
+// tiles that find room with all neurons in use.
 __device__ __forceinline__ void write_rounds(const ForwardChunk& chunk) {
   __shared__ int scratch[2][kWarps];
+  const auto padded = [&](int tile) {
+    const int count = tile < chunk.tiles ? __ldcg(&chunk.counts[tile]) : 0;
+    return ceil_div(count, kUnionStep) * kUnionStep;
+  };
+  int mine = 0;
+  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) mine += padded(tile);
+  int all;
+  exclusive_sum(mine, scratch[1], all);
+  const int share = ceil_div(all, max(1, ceil_div(all, chunk.positions)));
+
   int next = 0;  // tile
   for (int i = 0; i < chunk.rounds; ++i) {
-    Schedule& round = chunk.schedule_of(i);
     const int first = next;
     int taken = 0;  // positions
     int fitting = next < chunk.tiles ? kThreads : 0;
     while (fitting == kThreads) {
       const int tile = next + static_cast<int>(threadIdx.x);
-      const int count = tile < chunk.tiles ? __ldcg(&chunk.counts[tile]) : 0;
-      const int padded = ceil_div(count, kUnionStep) * kUnionStep;
+      const int own = padded(tile);
       int total;
-      const int position = taken + exclusive_sum(padded, scratch[0], total);
-      const bool fits = tile < chunk.tiles && position + padded <= chunk.positions;
+      const int position = taken + exclusive_sum(own, scratch[0], total);
+      const bool fits =
+          tile < chunk.tiles && position <= share && position + own <= chunk.positions;
       if (fits) chunk.first_positions[tile] = position;
       exclusive_sum(fits, scratch[1], fitting);
       taken += total;
       next += fitting;
     }
-    write_schedule(chunk, round, first, next - first);
+    write_schedule(chunk, chunk.schedule_of(i), first, next - first);
   }
 }
 

@@ -351,15 +351,19 @@ TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
   }
 }
 
-// Each round takes the tiles for which there is room, down to that for one; those left over take
-// none. And the neurons' activity: the half tiles that use them.
+// Each round takes the tiles for which there is room, down to that for one, until it has its share;
+// rounds left over take none. And the neurons' activity: the half tiles that use them.
 TEST_P(CudaLists, CutTheTilesIntoRounds) {
   const UnionBuffers buffers(host);
-  int most = 0;
-  for (int tile = 0; tile < host.tiles; ++tile) most = std::max(most, padded_count(tile));
+  int most = kUnionStep, all = 0;
+  for (int tile = 0; tile < host.tiles; ++tile) {
+    most = std::max(most, padded_count(tile));
+    all += padded_count(tile);
+  }
   for (const int positions : {most, most + padded_count(0), host.tiles * host.capacity}) {
     SCOPED_TRACE(std::to_string(positions) + " positions");
     const int rounds = host.tiles + 1;
+    const int share = all > 0 ? ceil_div(all, ceil_div(all, positions)) : 0;
     const std::size_t words = schedule_words() + 2;
     const DeviceBuffer schedules(std::vector<std::int32_t>(rounds * words, 0));
     const DeviceBuffer activity(std::vector<std::int32_t>(host.neurons, 0));
@@ -383,7 +387,7 @@ TEST_P(CudaLists, CutTheTilesIntoRounds) {
       EXPECT_EQ(schedule[3], tile);
       int items = 0, taken = 0;
       std::set<int> tiles;
-      while (tile < host.tiles && taken + padded_count(tile) <= positions) {
+      while (tile < host.tiles && taken <= share && taken + padded_count(tile) <= positions) {
         EXPECT_EQ(first_positions[tile], taken);
         tiles.insert(tile);
         taken += padded_count(tile);
