@@ -179,13 +179,10 @@ class Backward {
     const auto* masks =
         at_saved<std::uint32_t>(saved_.masks) + first / kHalfTokens * saved_.half_words;
     const auto* places = at_saved<std::int32_t>(saved_.places) + first / kTileTokens;
-    const bool sorts = first == 0 && lists_.blocks > 0 && wants_weights();
     ForwardChunk& f = chunk_.forward;
     f.schedule = at<Schedule>(layout_.schedules);
-    f.activity = sorts ? at<std::int32_t>(layout_.activity) : nullptr;
     then(launch_complete_masks(chunk_, masks, places, stream_));
     then(launch_unions(f, stream_));
-    if (sorts) then(launch_sort_neurons(lists_, f.activity, f.neurons, stream_));
     lists_.first = static_cast<int>(first);
     for (std::int64_t round = 0; round < layout_.rounds && status_.ok(); ++round) {
       chunk_.first = first == 0 && round == 0;
@@ -202,6 +199,9 @@ class Backward {
     }
     if (!wants_weights()) return;
     if (lists_.blocks > 0) {
+      if (chunk_.first) {
+        then(launch_sort_neurons(chunk_, lists_, at<std::int32_t>(layout_.activity), stream_));
+      }
       then(launch_add_to_lists(chunk_, lists_, multiprocessors_, stream_));
       then(sm90::launch_dense_gradients(chunk_, lists_, gradients_, multiprocessors_, stream_));
       return;

@@ -86,10 +86,8 @@ struct ForwardChunk {
   std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: block b's n-th used column at 256 b + n
   UnionEntry* unions;      // [tiles, capacity]
   std::int32_t* counts;    // [tiles]: union neurons
-  // Of a backward, null where not wanted: union neurons before each word of a tile's masks [tiles,
-  // blocks * 8], and how many half tiles use each neuron [N], which is added to.
-  std::int32_t* word_first;
-  std::int32_t* activity;
+  std::int32_t*
+      word_first;  // [tiles, blocks * 8]: union neurons before each word; null: not wanted
   std::int32_t* first_positions;  // [tiles]: see first_column, of h
   std::uint32_t* h;               // [2 positions, 32]: columns of h by union position
   int positions;                  // that h has room for

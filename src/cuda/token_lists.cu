@@ -33,9 +33,31 @@ __device__ __forceinline__ int sum_before(int value) {
 
 constexpr int kSortThreads = 128;
 
+// activity += active tokens of a round's columns, a warp for each column, a lane for each word.
+__global__ void __launch_bounds__(kThreads)
+    activity_kernel(const BackwardChunk chunk, std::int32_t* activity) {
+  const ForwardChunk& forward = chunk.forward;
+  const int lane = threadIdx.x % 32;
+  const int half_tile = 2 * forward.schedule->first_tile + static_cast<int>(blockIdx.y);
+  const int tile = half_tile / 2;
+  if (static_cast<int>(blockIdx.y) >= 2 * forward.schedule->tiles) return;
+  const UnionEntry* entries = forward.unions + static_cast<std::size_t>(tile) * forward.capacity;
+  const std::int64_t first = forward.column(tile, half_tile % 2);
+  const int count = forward.counts[tile];
+  const int stride = static_cast<int>(gridDim.x) * kWarps;
+#pragma unroll 4
+  for (int position = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+       position < count; position += stride) {
+    const std::uint32_t dg = chunk.dg[(first + position) * kColumnWords + lane];
+    const int tokens = __popc(__ballot_sync(~0u, (dg & 0x7fffu) != 0)) +
+                       __popc(__ballot_sync(~0u, (dg & 0x7fff0000u) != 0));
+    if (lane == 0 && tokens > 0) atomicAdd(&activity[entries[position].row()], tokens);
+  }
+}
+
 // What neurons are sorted by, all different: falling activity, then the index.
 __device__ __forceinline__ std::uint32_t sort_key(const std::int32_t* activity, int neuron) {
-  static_assert(2 * kMaxBackwardTiles < 1 << 16);
+  static_assert(kMaxBackwardTiles * kTileTokens < 1 << 16);
   return static_cast<std::uint32_t>(activity[neuron]) << 16 |
          static_cast<std::uint32_t>(0xffff - neuron);
 }
@@ -359,10 +381,14 @@ __global__ void __launch_bounds__(kThreads) order_kernel(const TokenLists lists)
 
 }  // namespace
 
-Status launch_sort_neurons(const TokenLists& lists, const std::int32_t* activity, int neurons,
-                           cudaStream_t stream) {
+Status launch_sort_neurons(const BackwardChunk& chunk, const TokenLists& lists,
+                           std::int32_t* activity, cudaStream_t stream) {
+  constexpr int kColumnCtas = 8;  // of a half tile
+  const dim3 columns(kColumnCtas, 2 * chunk.forward.tiles);
+  Status status = launch(activity_kernel, columns, kThreads, 0, stream, chunk, activity);
+  if (!status.ok()) return status;
   const int ctas = ceil_div(lists.blocks * kRowNeurons, kSortThreads);
-  return launch(sort_kernel, ctas, kSortThreads, 0, stream, lists, activity, neurons);
+  return launch(sort_kernel, ctas, kSortThreads, 0, stream, lists, activity, chunk.forward.neurons);
 }
 
 Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists, int multiprocessors,

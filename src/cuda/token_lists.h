@@ -80,16 +80,14 @@ struct TokenLists {
   int entry_capacity;  // of the arena
   int first;           // the chunk's first token
 
-  const unsigned long long*
-      pairs;  // active (token, neuron) pairs of the pass: SavedColumns::active
+  const unsigned long long* pairs;  // active ones of the pass: SavedColumns::active
   ListState* state;
-  std::int32_t* neurons;       // [blocks, 64]: those of each block; negative: none
-  std::uint32_t* silent_nans;  // [N]: kNanDu, kNanH if a pair that is not active has a NaN there
-  std::int32_t*
-      positions;         // [tiles of a chunk, blocks, 64]: in the tile's union; negative: not there
-  ActiveTokens* active;  // [2 positions]: of each column
-  ListPart* parts;       // [blocks, 2 tiles of a chunk]
-  ListShare* shares;     // [blocks]: of the round at hand, until its rows have a place
+  std::int32_t* neurons;        // [blocks, 64]: those of each block; negative: none
+  std::uint32_t* silent_nans;   // [N]: kNanDu, kNanH where a pair that is not active has a NaN
+  std::int32_t* positions;      // [chunk tiles, blocks, 64]: in the tile's union; negative: none
+  ActiveTokens* active;         // [2 positions]: of each column
+  ListPart* parts;              // [blocks, 2 chunk tiles]
+  ListShare* shares;            // [blocks]: 0 but while a round's parts are counted
   std::int32_t* first_rows;     // [blocks]: of the round at hand
   std::int32_t* first_entries;  // [blocks]: the same
   std::int32_t* counts;         // [blocks]: rows, the round at hand included
@@ -111,9 +109,9 @@ struct WeightGradients {
   std::uint16_t* low[3];
 };
 
-// neurons ← activity [N], how often each neuron is in use.
-Status launch_sort_neurons(const TokenLists& lists, const std::int32_t* activity, int neurons,
-                           cudaStream_t stream);
+// neurons, with the first round. activity [N], which is 0: its active tokens of each neuron.
+Status launch_sort_neurons(const BackwardChunk& chunk, const TokenLists& lists,
+                           std::int32_t* activity, cudaStream_t stream);
 
 // Of a round: active, parts, silent_nans; and if the pass is not dense, rows and entries, to which
 // its own are added. Before the first round state, shares, counts and silent_nans are 0.

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kResident = 4;  // CTAs of a multiprocessor
 constexpr int kStepCounts = kUnionItem / kUnionStep;
 
 // The sum of `value` over the threads before this one; `total` receives that over all. All
@@ -81,9 +80,6 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
         }
       }
       out[position++] = entry;
-      if (chunk.activity) {
-        atomicAdd(&chunk.activity[entry.row()], entry.in_half(0) + entry.in_half(1));
-      }
     }
     count += total;
   }
@@ -246,7 +242,7 @@ __device__ __forceinline__ void write_places(const ForwardChunk& chunk) {
   if (saved.active && saved.first) *saved.active = 0;
 }
 
-__global__ void __launch_bounds__(kThreads, kResident) unions_kernel(const ForwardChunk chunk) {
+__global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chunk) {
   __shared__ bool last;
   write_union(chunk, blockIdx.x);
   __syncthreads();

@@ -80,7 +80,7 @@ struct GatherItem : UnionItem {
   int matrix;  // of the operands
 };
 
-// The items of a chunk's schedule that this CTA works on, one after the other.
+// The items of a round's schedule that this CTA works on, one after the other.
 template <class Epilogue>
 class Items {
  public:

@@ -307,12 +307,15 @@ struct HalfTiles {
     const std::uint32_t* const columns[3] = {chunk.dg, kGated ? chunk.du : chunk.h, chunk.h};
     constexpr int kNeurons = kRowNeurons * 8 / kProducers;  // of a thread
     const int first = thread / 8;
-    // Looks ahead to the next half tile in use, and where the neurons stand in its union.
+    // Looks ahead to the next half tile in use, where its columns are, and where the neurons stand
+    // in its union.
+    std::int64_t next_column = 0;
     int positions[kNeurons];
     const int end = this->end();
     const auto seek = [&](int half) {
       while (half < end && !in_use(parts(block)[half])) ++half;
       if (half == end) return half;
+      next_column = chunk.forward.column(half / 2, half % 2);
       const std::int32_t* all = positions_of(lists, half / 2, block) + first;
 #pragma unroll
       for (int i = 0; i < kNeurons; ++i) positions[i] = all[i * (kProducers / 8)];
@@ -327,7 +330,7 @@ struct HalfTiles {
         continue;
       }
       const Turn turn(n);
-      const std::int64_t column = chunk.forward.column(next / 2, next % 2);
+      const std::int64_t column = next_column;
       const int token = next * kHalfTokens + token_of(Gather::held_row());
       const bool exists = Gather::held_row() < kStep && token < chunk.forward.tokens;
       int places[kNeurons];
