@@ -1,12 +1,16 @@
 // The sparse FFN backward on CUDA, chunk by chunk of tokens:
 //
 //   1. masks         the forward's, completed where dy is not finite, and their unions
+//
+// then round by round, of as many tiles as have room for their columns:
+//
 //   2. coefficients  dg, du and h over the unions; g and u are made anew where none were kept
 //   3. dx            dg G + du U over the unions
-//   4. weights       on Hopper lists of tokens, and the gradients after the last chunk; on other
-//                    GPUs both chunk by chunk, group by group of neurons
+//   4. weights       on Hopper lists of tokens, and the gradients after the last round; on other
+//                    GPUs both round by round, group by group of neurons
 //
-// Every sum has a fixed order.
+// The device decides which tiles a round has, so that all rounds that there may be are launched;
+// the kernels of one without tiles return at once. Every sum has a fixed order.
 
 #include "cuda/backward.h"
 
@@ -63,7 +67,10 @@ class Backward {
     f.unions = at<UnionEntry>(layout_.unions);
     f.counts = at<std::int32_t>(layout_.counts);
     f.order = at<std::int32_t>(layout_.order);
-    f.schedule = at<Schedule>(layout_.schedule);
+    f.first_positions = at<std::int32_t>(layout_.first_positions);
+    f.positions = static_cast<int>(layout_.positions);
+    f.rounds = static_cast<int>(layout_.rounds);
+    f.schedule_bytes = static_cast<int>(layout_.schedule_bytes);
     chunk_.grad_l1 = static_cast<const float*>(args.grad_l1);
     chunk_.nonfinite = at<std::uint32_t>(layout_.nonfinite);
     f.half_places = at<std::int32_t>(layout_.places);
@@ -96,13 +103,16 @@ class Backward {
 
   Status run() {
     if (problem_.tokens == 0) return zero_weights();
-    if (lists_.blocks > 0) then(launch_begin_lists(lists_, chunk_.forward.neurons, stream_));
+    if (lists_.blocks > 0) {
+      then(check(
+          cudaMemsetAsync(at<std::byte>(layout_.list_zeros), 0, layout_.list_zero_bytes, stream_),
+          "cudaMemsetAsync"));
+    }
     const std::int64_t step = layout_.tiles * kTileTokens;
     for (std::int64_t first = 0; first < problem_.tokens && status_.ok(); first += step) {
       const std::int64_t left = problem_.tokens - first;
       chunk_.forward.tokens = static_cast<int>(std::min(step, left));
       chunk_.forward.tiles = ceil_div(chunk_.forward.tokens, kTileTokens);
-      chunk_.first = first == 0;
       chunk_.last = left <= step;
       run_chunk(first);
     }
@@ -136,13 +146,16 @@ class Backward {
     lists_.blocks = static_cast<int>(layout_.blocks);
     lists_.capacity = static_cast<int>(layout_.rows);
     lists_.entry_capacity = static_cast<int>(layout_.entries);
+    lists_.pairs = at_saved<unsigned long long>(saved_.active);
     lists_.state = at<ListState>(layout_.list_state);
-    lists_.parts = at<ListPart>(layout_.lists);
-    lists_.block_first = at<std::int32_t>(layout_.list_places);
-    lists_.activity = at<std::int32_t>(layout_.activity);
     lists_.neurons = at<std::int32_t>(layout_.list_neurons);
-    lists_.positions = at<std::int32_t>(layout_.positions);
+    lists_.silent_nans = at<std::uint32_t>(layout_.silent_nans);
+    lists_.positions = at<std::int32_t>(layout_.list_positions);
     lists_.active = at<ActiveTokens>(layout_.active);
+    lists_.parts = at<ListPart>(layout_.lists);
+    lists_.shares = at<ListShare>(layout_.list_shares);
+    lists_.first_rows = at<std::int32_t>(layout_.first_rows);
+    lists_.first_entries = at<std::int32_t>(layout_.first_entries);
     lists_.counts = at<std::int32_t>(layout_.token_counts);
     lists_.order = at<std::int32_t>(layout_.list_order);
     lists_.rows = at<ListRow>(layout_.list_rows);
@@ -165,10 +178,20 @@ class Backward {
     chunk_.dy = static_cast<const std::uint16_t*>(args_.grad_y) + row;
     const auto* masks =
         at_saved<std::uint32_t>(saved_.masks) + first / kHalfTokens * saved_.half_words;
-    const auto* places =
-        chunk_.saved_g ? at_saved<std::int32_t>(saved_.places) + first / kTileTokens : nullptr;
+    const auto* places = at_saved<std::int32_t>(saved_.places) + first / kTileTokens;
+    ForwardChunk& f = chunk_.forward;
+    f.schedule = at<Schedule>(layout_.schedules);
     then(launch_complete_masks(chunk_, masks, places, stream_));
-    then(launch_unions(chunk_.forward, stream_));
+    then(launch_unions(f, stream_));
+    lists_.first = static_cast<int>(first);
+    for (std::int64_t round = 0; round < layout_.rounds && status_.ok(); ++round) {
+      chunk_.first = first == 0 && round == 0;
+      f.schedule = at<Schedule>(layout_.schedules + round * layout_.schedule_bytes);
+      run_round(row);
+    }
+  }
+
+  void run_round(std::int64_t row) {
     then(products_.coefficients(chunk_, args_.weights, multiprocessors_, stream_));
     if (args_.grad_x) {
       auto* dx = static_cast<std::uint16_t*>(args_.grad_x) + row;
@@ -176,9 +199,10 @@ class Backward {
     }
     if (!wants_weights()) return;
     if (lists_.blocks > 0) {
-      lists_.first = static_cast<int>(first);
-      lists_.parity ^= 1;
-      then(launch_add_to_lists(chunk_, lists_, stream_));
+      if (chunk_.first) {
+        then(launch_sort_neurons(chunk_, lists_, at<std::int32_t>(layout_.activity), stream_));
+      }
+      then(launch_add_to_lists(chunk_, lists_, multiprocessors_, stream_));
       then(sm90::launch_dense_gradients(chunk_, lists_, gradients_, multiprocessors_, stream_));
       return;
     }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
       (tokens[0][0] | tokens[0][1]) != 0 || (chunk.grad_l1 && !is_finite(*chunk.grad_l1));
   for (int w = threadIdx.x; w < words; w += kThreads) out[w] = complete ? exist(w) : in[w];
   if (threadIdx.x == 0) {
-    forward.half_places[half_tile] = saved_places && !complete ? saved_places[half_tile / 2] : -1;
+    forward.half_places[half_tile] = complete ? -1 : saved_places[half_tile / 2];
   }
   if (threadIdx.x < 2) {
     chunk.nonfinite[2 * half_tile + threadIdx.x] = tokens[0][threadIdx.x] | tokens[1][threadIdx.x];

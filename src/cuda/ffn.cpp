@@ -46,13 +46,19 @@ class Forward {
     c.columns = at<std::uint32_t>(layout_.columns);
     c.unions = at<UnionEntry>(layout_.unions);
     c.counts = at<std::int32_t>(layout_.counts);
+    c.first_positions = at<std::int32_t>(layout_.first_positions);
+    c.positions = static_cast<int>(layout_.tiles * layout_.capacity);
+    c.rounds = 1;
     c.h = at<std::uint32_t>(layout_.h);
     c.order = at<std::int32_t>(layout_.order);
     c.schedule = at<Schedule>(layout_.schedule);
-    if (args.saved && saved_.positions > 0) {
+    if (args.saved) {
       c.saved.g = at_saved<std::uint32_t>(saved_.g);
       c.saved.u = gated() ? at_saved<std::uint32_t>(saved_.u) : nullptr;
       c.saved.taken = at_saved<std::int32_t>(saved_.taken);
+      if (takes_token_lists(plan.device)) {
+        c.saved.active = at_saved<unsigned long long>(saved_.active);
+      }
       c.saved.positions = static_cast<int>(saved_.positions);
     }
     if (wants_stats()) {
@@ -108,8 +114,6 @@ class Forward {
     if (args_.saved) {
       chunk_.masks =
           at_saved<std::uint32_t>(saved_.masks) + first / kHalfTokens * saved_.half_words;
-    }
-    if (chunk_.saved.taken) {
       chunk_.saved.places = at_saved<std::int32_t>(saved_.places) + first / kTileTokens;
       chunk_.saved.first = first == 0;
     }

@@ -42,11 +42,15 @@ struct UnionItem {
 
 static_assert(sizeof(UnionEntry) == 8 && sizeof(UnionItem) == 4);
 
+// The work of a round: of consecutive tiles whose columns of h have room at once. A forward has one
+// round for a chunk.
 struct Schedule {
   std::int32_t item_count;
-  std::uint32_t finished;  // tiles whose lists are written
+  std::uint32_t finished;  // of the first round: tiles whose unions are written
   std::int32_t anew;       // items of tiles whose g and u a backward must make anew
-  UnionItem items[1];      // [item_count], those first, then longest first
+  std::int32_t first_tile;
+  std::int32_t tiles;  // 0: there is no such round
+  UnionItem items[1];  // [item_count], those made anew first, then longest first
 };
 
 // Where the forward of a training plan keeps the columns of g and u over the unions for the
@@ -56,14 +60,17 @@ struct SavedColumns {
   std::uint32_t* u;      // the same; null for a plain block, whose only projection is g
   std::int32_t* places;  // [tiles]: the first of a tile's positions; -1: it found no room
   std::int32_t* taken;   // positions of this chunk and those before it
+  // Active (token, neuron) pairs of all chunks, counted for token_lists.h; null: not wanted.
+  unsigned long long* active;
   int positions;
   bool first;  // chunk of the pass
-
-  // The column of position 0 of a half of a tile whose union has `count` neurons.
-  __host__ __device__ static std::int64_t column(int place, int half, int count) {
-    return std::int64_t{2} * place + half * ceil_div(count, kUnionStep) * kUnionStep;
-  }
 };
+
+// Where columns of unions lie side by side, tile after tile and half after half: that of position 0
+// of a half of the tile whose first position is `first` and whose union has `count` neurons.
+__host__ __device__ inline std::int64_t first_column(int first, int half, int count) {
+  return std::int64_t{2} * first + half * ceil_div(count, kUnionStep) * kUnionStep;
+}
 
 // What the kernels of one chunk of tokens share.
 struct ForwardChunk {
@@ -80,14 +87,28 @@ struct ForwardChunk {
   UnionEntry* unions;      // [tiles, capacity]
   std::int32_t* counts;    // [tiles]: union neurons
   std::int32_t*
-      word_first;       // [tiles, blocks * 8]: union neurons before each word; null: not wanted
-  std::uint32_t* h;     // [2 tiles, capacity, 32]: columns of h by union position
-  std::int32_t* order;  // [tiles]: tiles by falling count
-  Schedule* schedule;
+      word_first;  // [tiles, blocks * 8]: union neurons before each word; null: not wanted
+  std::int32_t* first_positions;  // [tiles]: see first_column, of h
+  std::uint32_t* h;               // [2 positions, 32]: columns of h by union position
+  int positions;                  // that h has room for
+  std::int32_t* order;            // [tiles]: of each round by falling count
+  Schedule* schedule;             // of the round at hand
+  int rounds;  // schedules of `schedule_bytes` each from there on, for the unions
+  int schedule_bytes;
   SavedColumns saved;         // places is null where nothing is kept
   std::int32_t* half_places;  // [2 tiles]: of a backward, see backward.h; null: of a forward
 
   __device__ int place(int tile) const { return saved.places ? saved.places[tile] : -1; }
+
+  __device__ Schedule& schedule_of(int round) const {
+    return *reinterpret_cast<Schedule*>(reinterpret_cast<std::byte*>(schedule) +
+                                        static_cast<std::size_t>(round) * schedule_bytes);
+  }
+
+  // In h, and in what takes its place in a backward.
+  __device__ std::int64_t column(int tile, int half) const {
+    return first_column(first_positions[tile], half, counts[tile]);
+  }
 
   // Of a backward: a tile's place in what the forward has kept; -1: g and u must be made anew.
   __device__ int kept_place(int tile) const {
@@ -110,7 +131,7 @@ struct Products {
   // masks, columns ← relu(x Gᵀ), and resets the schedule.
   Status (*gate)(const ForwardChunk& chunk, const Tokens& x, const void* gate, int multiprocessors,
                  cudaStream_t stream);
-  // h ← columns ⊙ (x Uᵀ) over the unions; and the saved columns.
+  // h ← columns ⊙ (x Uᵀ) over the unions; and the saved columns; saved.active += active pairs.
   Status (*up)(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,
                cudaStream_t stream);
   // y ← h D; y [chunk.tokens, hidden].
@@ -122,10 +143,10 @@ struct Products {
 // (90) described as 80 runs the PTX for all other GPUs.
 const Products& products_for(const Device& device);
 
-// unions, counts, order, schedule and the saved columns' places ← masks.
+// unions, counts, order, schedules, first_positions and the saved columns' places ← masks.
 Status launch_unions(const ForwardChunk& chunk, cudaStream_t stream);
 
-// h and the saved g ← columns, by union position (the plain block).
+// As Products::up for the plain block, whose h is g: h and the saved g ← columns.
 Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
 
 // words [tokens, blocks, slots] ← masks, columns, as in twell/format.h; overflow += tile rows with

@@ -23,15 +23,19 @@ inline constexpr int kColumnWords = kHalfTokens / 2;
 inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of this
 inline constexpr int kUnionItem = 256;  // union positions of the largest piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
-inline constexpr int kScheduleHeader = 12;  // bytes before the pieces of up work
+inline constexpr int kScheduleHeader = 20;  // bytes before the pieces of up work
 
-// Of the backward. Its chunks are smaller than the forward's, as it keeps three values for each
-// neuron of a union, not two, and sums or lists for the weights' gradients besides.
-inline constexpr int kMaxBackwardTiles = 64;
+// Of the backward. A chunk's masks and unions are made at once; its columns of dg, du and h in
+// rounds, each of as many tiles as there is room for: for one in kArenaShare of the chunk's, but
+// for kMinRoundTiles, with every neuron in their unions. (Of the traces' layers 4 to 46% are.)
+inline constexpr int kMaxBackwardTiles = 256;
+inline constexpr int kMaxRowTiles = 64;  // where tokens of lists have rows (NeuronRows)
+inline constexpr std::int64_t kArenaShare = 8;
+inline constexpr std::int64_t kMinRoundTiles = 16;
 inline constexpr int kRowNeurons = 64;   // neurons that share a list of tokens
 inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
-// On Hopper: room for the coefficients of one in so many (token, neuron) pairs, and at most for as
-// many as a list's row can address.
+// On Hopper: room for the coefficients of one in so many (token, neuron) pairs of a pass, and at
+// most for as many as a list's row can address.
 inline constexpr std::int64_t kEntryShare = 16;
 inline constexpr std::int64_t kMaxEntries = (std::int64_t{1} << 25) - 1;
 
@@ -40,7 +44,8 @@ inline constexpr std::int64_t kMaxEntries = (std::int64_t{1} << 25) - 1;
 inline constexpr double kSavedShare = 0.25;
 
 // Sizes of what token_lists.h declares.
-inline constexpr std::int64_t kListStateBytes = 20;
+inline constexpr std::int64_t kListStateBytes = 12;
+inline constexpr std::int64_t kListShareBytes = 8;
 inline constexpr std::int64_t kActiveTokensBytes = 8;
 inline constexpr std::int64_t kListPartBytes = 12;
 inline constexpr std::int64_t kListRowBytes = 8;
@@ -99,7 +104,8 @@ struct ForwardLayout {
   std::int64_t blocks = 0;    // of neurons
   std::int64_t capacity = 0;  // neurons rounded up to a multiple of kUnionStep
 
-  std::size_t masks, columns, unions, counts, h, order, schedule, activity, partial_l1, bytes;
+  std::size_t masks, columns, unions, counts, first_positions, h, order, schedule;
+  std::size_t activity, partial_l1, bytes;
 
   explicit ForwardLayout(const FfnPlan& plan) {
     const std::int64_t all_tiles = ceil_div<std::int64_t>(plan.problem.tokens, kTileTokens);
@@ -112,6 +118,7 @@ struct ForwardLayout {
     columns = carve.take(2 * tiles * blocks * kBlockNeurons * kColumnBytes);
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
+    first_positions = carve.take(tiles * 4);
     h = carve.take(2 * tiles * capacity * kColumnBytes);
     order = carve.take(tiles * 4);
     schedule = carve.take(kScheduleHeader + tiles * capacity / kUnionStep * 4);
@@ -121,12 +128,13 @@ struct ForwardLayout {
   }
 };
 
-// What the forward keeps for the backward: which columns of each half tile are in use, and g and u
-// of the tiles that find room in what is left of plan.saved_bytes.
+// What the forward keeps for the backward: which columns of each half tile are in use, how many
+// (token, neuron) pairs are active, and g and u of the tiles that find room in what is left of
+// plan.saved_bytes.
 struct SavedLayout {
   std::int64_t half_words;     // 32-bit words of a half tile's masks
   std::int64_t positions = 0;  // of unions: columns of both halves, of g and of u
-  std::size_t masks = 0, taken, places, g, u;
+  std::size_t masks = 0, active, taken, places, g, u;
 
   explicit SavedLayout(const FfnPlan& plan) : SavedLayout(plan.problem) {
     if (plan.saved_bytes > g) positions = whole_steps((plan.saved_bytes - g) / position_bytes_);
@@ -139,7 +147,6 @@ struct SavedLayout {
     const std::int64_t tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
     const auto wanted = static_cast<double>(tiles * problem.neurons) * share;
     const std::int64_t positions = whole_steps(static_cast<std::size_t>(wanted));
-    if (positions == 0) return static_cast<std::size_t>(2 * tiles * layout.half_words * 4);
     return layout.g + static_cast<std::size_t>(positions) * layout.position_bytes_;
   }
 
@@ -154,6 +161,7 @@ struct SavedLayout {
     const std::int64_t tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
     Parts carve;
     masks = carve.take(2 * tiles * half_words * 4);
+    active = carve.take(8);
     taken = carve.take(4);
     places = carve.take(tiles * 4);
     g = u = carve.bytes();
@@ -170,68 +178,86 @@ inline bool takes_token_lists(const Device& device) { return device.compute_capa
 
 struct BackwardLayout {
   std::int64_t chunks = 0;
-  std::int64_t tiles = 0;     // of one chunk
-  std::int64_t capacity = 0;  // as the forward's
-  std::int64_t groups = 0;    // of blocks of kRowNeurons
-  std::int64_t blocks = 0;    // of a group
-  std::int64_t rows = 0;      // of a list of tokens
-  std::int64_t entries = 0;   // of all lists
+  std::int64_t tiles = 0;      // of one chunk
+  std::int64_t rounds = 0;     // of one chunk, at most
+  std::int64_t capacity = 0;   // as the forward's
+  std::int64_t positions = 0;  // of unions: columns of both halves, of dg, du and h
+  std::int64_t groups = 0;     // of blocks of kRowNeurons
+  std::int64_t blocks = 0;     // of a group
+  std::int64_t rows = 0;       // of a list of tokens
+  std::int64_t entries = 0;    // of all lists
 
-  std::size_t masks, nonfinite, places, unions, counts, order, schedule;
-  std::size_t coefficients[3];  // dg, du, h
+  std::size_t masks, nonfinite, places, unions, counts, order, first_positions;
+  std::size_t schedules, schedule_bytes;  // of one round
+  std::size_t coefficients[3];            // dg, du, h
   std::size_t lists, token_counts, list_rows;
-  std::size_t tokens, projection_rows, hidden_rows;               // NeuronRows
-  std::size_t list_state, list_places, list_order, list_entries;  // TokenLists
-  std::size_t word_first, activity, list_neurons, positions, active;
+  std::size_t tokens, projection_rows, hidden_rows;  // NeuronRows
+  std::size_t list_zeros, list_zero_bytes;           // TokenLists: what begins as 0
+  std::size_t list_state, list_shares, activity, silent_nans;
+  std::size_t first_rows, first_entries, list_order, list_entries;
+  std::size_t word_first, list_neurons, list_positions, active;
   std::size_t totals[3];  // of the gradients of G, U, D; TokenLists: their lower halves
-  std::size_t bytes;
+  std::size_t bytes = 0;
 
   explicit BackwardLayout(const FfnPlan& plan) {
     const FfnProblem& problem = plan.problem;
+    const bool has_lists = takes_token_lists(plan.device);
     const std::int64_t inputs = problem.kind == FfnKind::kGated ? 2 : 1;  // projections of x
+    const std::int64_t half_words = SavedLayout(plan).half_words;
     const std::int64_t all_tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
-    const std::int64_t most =
-        std::min<std::int64_t>(2 * plan.chunk_tokens / kTileTokens, kMaxBackwardTiles);
-    chunks = ceil_div(all_tiles, most);
+    chunks = ceil_div<std::int64_t>(all_tiles, has_lists ? kMaxBackwardTiles : kMaxRowTiles);
     tiles = chunks > 0 ? ceil_div(all_tiles, chunks) : 0;
     capacity = ceil_div<std::int64_t>(problem.neurons, kUnionStep) * kUnionStep;
+    const std::int64_t fewest =  // of a round, and no more than of a forward's chunk
+        std::min({tiles, std::max(kMinRoundTiles, ceil_div(tiles, kArenaShare)),
+                  plan.chunk_tokens / kTileTokens});
+    rounds = tiles > 0 ? ceil_div(tiles, fewest) : 0;
+    positions = fewest * capacity;
     const std::int64_t all_blocks = ceil_div<std::int64_t>(problem.neurons, kRowNeurons);
     groups = ceil_div<std::int64_t>(all_blocks, kGroupBlocks);
     blocks = ceil_div(all_blocks, groups);
 
     constexpr std::int64_t kColumnBytes = kColumnWords * 4;
     Parts carve;
-    masks = carve.take(2 * tiles * SavedLayout(plan).half_words * 4);
+    masks = carve.take(2 * tiles * half_words * 4);
     nonfinite = carve.take(2 * tiles * 8);
     places = carve.take(2 * tiles * 4);
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
     order = carve.take(tiles * 4);
-    schedule = carve.take(kScheduleHeader + tiles * capacity / kUnionStep * 4);
+    first_positions = carve.take(tiles * 4);
+    schedule_bytes = static_cast<std::size_t>(kScheduleHeader + positions / kUnionStep * 4);
+    schedules = carve.take(rounds * static_cast<std::int64_t>(schedule_bytes));
     for (const int i : {0, 1, 2}) {
       const bool exists = i != 1 || inputs == 2;
-      coefficients[i] = carve.take(exists ? 2 * tiles * capacity * kColumnBytes : 0);
+      coefficients[i] = carve.take(exists ? 2 * positions * kColumnBytes : 0);
     }
-    const bool has_totals = chunks > 1 || takes_token_lists(plan.device);
     std::int64_t total_bytes = 4;
-    if (takes_token_lists(plan.device)) {
+    if (has_lists) {
       groups = 1;
       blocks = all_blocks;
       rows = all_tiles * kTileTokens;
       entries = std::min(ceil_div(problem.tokens * problem.neurons, kEntryShare), kMaxEntries);
       total_bytes = 2;
-      word_first = carve.take(tiles * SavedLayout(plan).half_words * 4);
+      list_zeros = carve.bytes();
       list_state = carve.take(kListStateBytes);
+      list_shares = carve.take(blocks * kListShareBytes);
+      token_counts = carve.take(blocks * 4);
       activity = carve.take(problem.neurons * 4);
-      list_neurons = carve.take(blocks * kRowNeurons * 4);
-      positions = carve.take(tiles * blocks * kRowNeurons * 4);
-      active = carve.take(2 * tiles * capacity * kActiveTokensBytes);
-      lists = carve.take(blocks * 2 * tiles * kListPartBytes);
-      list_places = carve.take(blocks * 4);
-      token_counts = carve.take(2 * blocks * 4);
+      silent_nans = carve.take(problem.neurons * 4);
+      list_zero_bytes = carve.bytes() - list_zeros;
+      first_rows = carve.take(blocks * 4);
+      first_entries = carve.take(blocks * 4);
       list_order = carve.take(blocks * 4);
-      list_rows = carve.take(blocks * rows * kListRowBytes);
-      list_entries = carve.take(entries * kListEntryBytes);
+      list_neurons = carve.take(blocks * kRowNeurons * 4);
+      word_first = carve.take(tiles * half_words * 4);
+      list_positions = carve.take(tiles * blocks * kRowNeurons * 4);
+      active = carve.take(2 * positions * kActiveTokensBytes);
+      lists = carve.take(blocks * 2 * tiles * kListPartBytes);
+      Parts instead = carve;  // of the totals: a pass has either
+      list_rows = instead.take(blocks * rows * kListRowBytes);
+      list_entries = instead.take(entries * kListEntryBytes);
+      bytes = instead.bytes();
     } else {
       rows = tiles * kTileTokens;
       lists = carve.take(blocks * 2 * tiles * 16);
@@ -240,11 +266,12 @@ struct BackwardLayout {
       projection_rows = carve.take(blocks * rows * inputs * kRowNeurons * 2);
       hidden_rows = carve.take(blocks * rows * kRowNeurons * 2);
     }
+    const bool has_totals = chunks * rounds > 1 || has_lists;
     for (const int i : {0, 1, 2}) {
       const bool exists = has_totals && (i != 0 || inputs == 2);
       totals[i] = carve.take(exists ? problem.neurons * problem.hidden * total_bytes : 0);
     }
-    bytes = carve.bytes();
+    bytes = std::max(bytes, carve.bytes());
   }
 };
 

@@ -36,11 +36,12 @@ __device__ __forceinline__ std::uint32_t lowest_bits(int exist) {
 __global__ void __launch_bounds__(kThreads)
     tokens_kernel(const BackwardChunk chunk, const NeuronRows rows) {
   const ForwardChunk& forward = chunk.forward;
-  const int halves = 2 * forward.tiles;
+  const Schedule& round = *forward.schedule;
+  const int halves = 2 * round.tiles;
   const int item = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
   if (item >= rows.blocks * halves) return;
   const int block = item / halves;
-  const int half_tile = item % halves;
+  const int half_tile = 2 * round.first_tile + item % halves;
   const int lane = threadIdx.x % 32;
 
   // The block's positions in the union, from the number of neurons before it.
@@ -58,9 +59,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   std::uint32_t any = 0;
-  const std::size_t column = static_cast<std::size_t>(half_tile) * forward.capacity + first;
+  const std::int64_t column = forward.column(half_tile / 2, half_tile % 2) + first;
   for (int i = 0; i < count; ++i) {
-    const std::size_t at = (column + i) * kColumnWords + lane;
+    const std::int64_t at = (column + i) * kColumnWords + lane;
     any |= chunk.dg[at] | chunk.h[at];
     if (chunk.du) any |= chunk.du[at];
   }
@@ -84,20 +85,23 @@ __global__ void __launch_bounds__(kThreads)
   // By token and neuron; the odd stride, in words, keeps banks apart.
   __shared__ std::uint32_t values[3][kHalfTokens][kRowWords + 1];
   const ForwardChunk& forward = chunk.forward;
-  const int halves = 2 * forward.tiles;
+  const Schedule& round = *forward.schedule;
+  const int halves = 2 * round.tiles;
+  if (static_cast<int>(blockIdx.x) >= rows.blocks * halves) return;
   const int block = blockIdx.x / halves;
-  const int half_tile = blockIdx.x % halves;
+  const int index = blockIdx.x % halves;  // of the half tile in the round
+  const int half_tile = 2 * round.first_tile + index;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const BlockTokens* parts = rows.parts + block * halves;
-  const BlockTokens part = parts[half_tile];
+  const BlockTokens part = parts[index];
   const auto count_of = [](const BlockTokens& p) {
     return __popc(p.tokens[0]) + __popc(p.tokens[1]);
   };
   int before = 0;
-  for (int i = lane; i < half_tile; i += 32) before += count_of(parts[i]);
+  for (int i = lane; i < index; i += 32) before += count_of(parts[i]);
   before = warp_sum(before);
-  if (half_tile == halves - 1 && threadIdx.x == 0) rows.counts[block] = before + count_of(part);
+  if (index == halves - 1 && threadIdx.x == 0) rows.counts[block] = before + count_of(part);
   if (count_of(part) == 0) return;
 
   std::uint32_t* all_values = &values[0][0][0];
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint32_t* const sources[3] = {chunk.dg, chunk.du, chunk.h};
   const UnionEntry* entries =
       forward.unions + static_cast<std::size_t>(half_tile / 2) * forward.capacity + part.first;
-  const std::size_t column = static_cast<std::size_t>(half_tile) * forward.capacity + part.first;
+  const std::int64_t column = forward.column(half_tile / 2, half_tile % 2) + part.first;
   const int token = lane / 8 * 16 + lane % 8;
   for (int i = warp; i < part.count; i += kWarps) {
     const int neuron = static_cast<int>(entries[i].row()) - rows.first - block * kRowNeurons;

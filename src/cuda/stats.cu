@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
       const std::size_t column = half_tile * chunk.blocks * kBlockNeurons + entry.source(half);
       const int token = static_cast<int>(half_tile) * kHalfTokens + lane / 8 * 16 + lane % 8;
       active += count_active(chunk.columns[column * kColumnWords + lane], token, chunk.tokens);
-      const std::uint32_t h = chunk.h[(half_tile * chunk.capacity + i) * kColumnWords + lane];
+      const std::uint32_t h = chunk.h[(chunk.column(tile, half) + i) * kColumnWords + lane];
       l1 += fabsf(ptx::low_half(h)) + fabsf(ptx::high_half(h));
     }
     active = warp_sum(active);

@@ -1,6 +1,7 @@
-// From coefficients by tile and union position to lists of tokens by block of neurons: which tokens
-// each column is active for, which neurons make a block, what each half tile adds to each list,
-// then the rows and entries, whose places follow from the counts of all parts before.
+// From coefficients by tile and union position to lists of tokens by block of neurons: which
+// neurons make a block; for each round which tokens each column is active for and what each half
+// tile adds to each list; then the rows and entries, whose places follow from the counts of all
+// parts before.
 
 #include "cuda/check.h"
 #include "cuda/token_lists.cuh"
@@ -10,8 +11,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr std::uint32_t kLowMagnitude = 0x7fffu;
-constexpr std::uint32_t kHighMagnitude = 0x7fff0000u;
+constexpr int kResident = 4;  // CTAs of a multiprocessor
 
 __device__ __forceinline__ int warp_sum(int value) {
 #pragma unroll
@@ -31,56 +31,49 @@ __device__ __forceinline__ int sum_before(int value) {
   return sum - value;
 }
 
-// active ← coefficients, a warp for each column, a lane for each word. With the first chunk
-// activity too.
+constexpr int kSortThreads = 128;
+
+// activity += active tokens of a round's columns, a warp for each column, a lane for each word.
 __global__ void __launch_bounds__(kThreads)
-    active_kernel(const BackwardChunk chunk, const TokenLists lists) {
+    activity_kernel(const BackwardChunk chunk, std::int32_t* activity) {
   const ForwardChunk& forward = chunk.forward;
   const int lane = threadIdx.x % 32;
-  const int half_tile = blockIdx.y;
-  const int count = forward.counts[half_tile / 2];
-  const UnionEntry* entries =
-      forward.unions + static_cast<std::size_t>(half_tile / 2) * forward.capacity;
-  const std::size_t first = static_cast<std::size_t>(half_tile) * forward.capacity;
-  // Of tokens beyond the last one a NaN or an infinity in a weight can make coefficients.
-  const int token = half_tile * kHalfTokens + lane / 8 * 16 + lane % 8;
-  const std::uint32_t exist = (token < forward.tokens ? kLowMagnitude : 0) |
-                              (token + 8 < forward.tokens ? kHighMagnitude : 0);
+  const int half_tile = 2 * forward.schedule->first_tile + static_cast<int>(blockIdx.y);
+  const int tile = half_tile / 2;
+  if (static_cast<int>(blockIdx.y) >= 2 * forward.schedule->tiles) return;
+  const UnionEntry* entries = forward.unions + static_cast<std::size_t>(tile) * forward.capacity;
+  const std::int64_t first = forward.column(tile, half_tile % 2);
+  const int count = forward.counts[tile];
   const int stride = static_cast<int>(gridDim.x) * kWarps;
 #pragma unroll 4
   for (int position = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
        position < count; position += stride) {
-    const std::size_t at = (first + position) * kColumnWords + lane;
-    const std::uint32_t any = exist & (chunk.dg[at] | chunk.h[at] | (chunk.du ? chunk.du[at] : 0));
-    const ActiveTokens active = {{__ballot_sync(~0u, (any & kLowMagnitude) != 0),
-                                  __ballot_sync(~0u, (any & kHighMagnitude) != 0)}};
-    if (lane != 0) continue;
-    lists.active[first + position] = active;
-    const int tokens = __popc(active.words[0]) + __popc(active.words[1]);
-    if (chunk.first && tokens > 0) atomicAdd(&lists.activity[entries[position].row()], tokens);
+    const std::uint32_t dg = chunk.dg[(first + position) * kColumnWords + lane];
+    const int tokens = __popc(__ballot_sync(~0u, (dg & 0x7fffu) != 0)) +
+                       __popc(__ballot_sync(~0u, (dg & 0x7fff0000u) != 0));
+    if (lane == 0 && tokens > 0) atomicAdd(&activity[entries[position].row()], tokens);
   }
 }
 
-constexpr int kSortThreads = 128;
-
 // What neurons are sorted by, all different: falling activity, then the index.
-__device__ __forceinline__ std::uint32_t sort_key(const TokenLists& lists, int neuron) {
+__device__ __forceinline__ std::uint32_t sort_key(const std::int32_t* activity, int neuron) {
   static_assert(kMaxBackwardTiles * kTileTokens < 1 << 16);
-  return static_cast<std::uint32_t>(lists.activity[neuron]) << 16 |
+  return static_cast<std::uint32_t>(activity[neuron]) << 16 |
          static_cast<std::uint32_t>(0xffff - neuron);
 }
 
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const TokenLists lists, int neurons) {
+__global__ void __launch_bounds__(kSortThreads)
+    sort_kernel(const TokenLists lists, const std::int32_t* activity, int neurons) {
   constexpr int kKeys = 1024;  // compared with at a time
   alignas(16) __shared__ std::uint32_t keys[kKeys];
   const int neuron = static_cast<int>(blockIdx.x) * kSortThreads + static_cast<int>(threadIdx.x);
-  const std::uint32_t mine = neuron < neurons ? sort_key(lists, neuron) : 0;
+  const std::uint32_t mine = neuron < neurons ? sort_key(activity, neuron) : 0;
   int ranks[4] = {};
   for (int first = 0; first < neurons; first += kKeys) {
     __syncthreads();
 #pragma unroll
     for (int i = threadIdx.x; i < kKeys; i += kSortThreads) {
-      keys[i] = first + i < neurons ? sort_key(lists, first + i) : 0;
+      keys[i] = first + i < neurons ? sort_key(activity, first + i) : 0;
     }
     __syncthreads();
 #pragma unroll 8
@@ -99,18 +92,28 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const TokenLists lis
   }
 }
 
-// A block and half tile, one warp each. A lane looks after two neurons of the block, and after two
-// tokens of the half tile, whose values lie in one word of each column.
-struct Part {
-  int half_tile = blockIdx.y;
-  int block = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+// The half tiles of a round.
+struct Halves {
+  int first;
+  int count;
 
-  __device__ ActiveTokens active(const BackwardChunk& chunk, const TokenLists& lists,
-                                 int position) const {
-    if (position < 0) return {};
-    return lists.active[static_cast<std::size_t>(half_tile) * chunk.forward.capacity + position];
-  }
+  __device__ explicit Halves(const BackwardChunk& chunk)
+      : first(2 * chunk.forward.schedule->first_tile), count(2 * chunk.forward.schedule->tiles) {}
+  __device__ int last() const { return first + count - 1; }
 };
+
+// Calls make(block, half tile) for each of a round, one warp each; blocks of long lists first. A
+// lane looks after two neurons of the block, and after two tokens of the half tile, whose values
+// lie in one word of each column.
+template <class Make>
+__device__ __forceinline__ void for_each_part(const TokenLists& lists, Halves halves, Make&& make) {
+  const int warps = static_cast<int>(gridDim.x) * kWarps;
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+       i < lists.blocks * halves.count; i += warps) {
+    make(i / halves.count, halves.first + i % halves.count);
+  }
+}
 
 // Where a neuron stands in the union of a tile; negative: not there.
 __device__ __forceinline__ int union_position(const ForwardChunk& chunk, int tile, int neuron) {
@@ -124,133 +127,170 @@ __device__ __forceinline__ int union_position(const ForwardChunk& chunk, int til
   return before + __popc(used & ((1u << (neuron % 32)) - 1));
 }
 
-__device__ __forceinline__ std::uint32_t or_of_warp(std::uint32_t value) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) value |= __shfl_xor_sync(~0u, value, lanes);
-  return value;
-}
+// Which tokens of a column have coefficients to be listed, and which only NaNs to be noted.
+struct Active {
+  bool low, high;
+  std::uint32_t silent_nans;
+
+  __device__ Active(std::uint32_t dg, std::uint32_t du, std::uint32_t h)
+      : low(is_active(dg & kMagnitude, du & kMagnitude, h & kMagnitude)),
+        high(is_active(dg >> 16 & kMagnitude, du >> 16 & kMagnitude, h >> 16 & kMagnitude)),
+        silent_nans(0) {
+    const std::uint32_t silent = (low ? 0 : kMagnitude) | (high ? 0 : kMagnitude << 16);
+    if ((du & silent) != 0) silent_nans |= TokenLists::kNanDu;
+    if ((h & silent) != 0) silent_nans |= TokenLists::kNanH;
+  }
+
+ private:
+  static constexpr std::uint32_t kMagnitude = 0x7fff;
+
+  // Of a bf16 without its sign.
+  __device__ static bool is_number_but_zero(std::uint32_t value) { return value - 1 < 0x7f80u; }
+  __device__ static bool is_active(std::uint32_t dg, std::uint32_t du, std::uint32_t h) {
+    return dg != 0 || is_number_but_zero(du) || is_number_but_zero(h);
+  }
+};
 
 __device__ __forceinline__ void count_part(const BackwardChunk& chunk, const TokenLists& lists,
-                                           const Part& at) {
+                                           int block, int half_tile) {
   const int lane = threadIdx.x % 32;
+  const int tile = half_tile / 2;
+  const std::int64_t first = chunk.forward.column(tile, half_tile % 2);
+  // Of tokens beyond the last one a NaN or an infinity in a weight can make coefficients.
+  const int token = half_tile * kHalfTokens + lane / 8 * 16 + lane % 8;
+  const std::uint32_t exist = (token < chunk.forward.tokens ? 0xffffu : 0) |
+                              (token + 8 < chunk.forward.tokens ? 0xffff0000u : 0);
   ListPart part = {};
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kRowNeurons / 32; ++i) {
-    const int neuron = lists.neurons[at.block * kRowNeurons + 32 * i + lane];
-    const int position = union_position(chunk.forward, at.half_tile / 2, neuron);
-    if (at.half_tile % 2 == 0) {
-      positions_of(lists, at.half_tile / 2, at.block)[32 * i + lane] = position;
-    }
-    const ActiveTokens mine = at.active(chunk, lists, position);
+    const int neuron = lists.neurons[block * kRowNeurons + 32 * i + lane];
+    const int position = union_position(chunk.forward, tile, neuron);
+    if (half_tile % 2 == 0) positions_of(lists, tile, block)[32 * i + lane] = position;
+    std::uint32_t used = __ballot_sync(~0u, position >= 0);
+    const auto column = [&](int from) { return first + __shfl_sync(~0u, position, from); };
+    while (used != 0) {
+      constexpr int kBatch = 6;  // columns whose loads are in flight together
+      std::uint32_t dg[kBatch], du[kBatch], h[kBatch];
+      std::uint32_t rest = used;
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      part.tokens.words[s] |= mine.words[s];
-      part.coefficients += __popc(mine.words[s]);
+      for (int b = 0; b < kBatch; ++b) {
+        const bool exists = rest != 0;
+        const std::int64_t at = column(exists ? __ffs(rest) - 1 : 0) * kColumnWords + lane;
+        rest &= rest - 1;
+        dg[b] = exists ? chunk.dg[at] & exist : 0;
+        du[b] = exists && chunk.du ? chunk.du[at] & exist : 0;
+        h[b] = exists ? chunk.h[at] & exist : 0;
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (used == 0) break;
+        const int from = __ffs(used) - 1;
+        used &= used - 1;
+        const Active active(dg[b], du[b], h[b]);
+        const ActiveTokens tokens = {
+            {__ballot_sync(~0u, active.low), __ballot_sync(~0u, active.high)}};
+        const std::int64_t at = column(from);
+        if (lane == 0) lists.active[at] = tokens;
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          part.tokens.words[s] |= tokens.words[s];
+          part.coefficients += __popc(tokens.words[s]);
+        }
+        const int its_neuron = __shfl_sync(~0u, neuron, from);
+        if (active.silent_nans != 0) atomicOr(&lists.silent_nans[its_neuron], active.silent_nans);
+      }
     }
   }
-  part.coefficients = warp_sum(part.coefficients);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    const std::uint32_t any = or_of_warp(part.tokens.words[s]);
-    const int token = lane / 8 * 16 + lane % 8 + 8 * s;
-    const bool forced = (chunk.nonfinite[2 * at.half_tile + token / 32] >> (token % 32)) & 1u;
-    const bool exists = at.half_tile * kHalfTokens + token < chunk.forward.tokens;
-    part.tokens.words[s] = __ballot_sync(~0u, exists && (forced || ((any >> lane) & 1u)));
+    const int of_half = lane / 8 * 16 + lane % 8 + 8 * s;
+    const bool forced = (chunk.nonfinite[2 * half_tile + of_half / 32] >> (of_half % 32)) & 1u;
+    const bool exists = token + 8 * s < chunk.forward.tokens;
+    const bool listed = (part.tokens.words[s] >> lane) & 1u;
+    part.tokens.words[s] = __ballot_sync(~0u, exists && (forced || listed));
   }
-  if (lane == 0) lists.parts[at.block * 2 * chunk.forward.tiles + at.half_tile] = part;
+  if (lane != 0) return;
+  lists.parts[block * 2 * chunk.forward.tiles + half_tile] = part;
+  if (rows_of(part) > 0) atomicAdd(&lists.shares[block].rows, rows_of(part));
+  if (part.coefficients > 0) atomicAdd(&lists.shares[block].coefficients, part.coefficients);
 }
 
-// block_first and state ← parts, by the last CTA.
-__device__ __forceinline__ void place_chunk(const TokenLists& lists, int halves) {
-  const int warp = threadIdx.x / 32;
+// Where the round's rows and entries begin, from the shares, which become 0 again; by a warp.
+__device__ __forceinline__ void place_round(const TokenLists& lists) {
   const int lane = threadIdx.x % 32;
-  for (int block = warp; block < lists.blocks; block += kWarps) {
-    int count = 0;
-    for (int half = lane; half < halves; half += 32) {
-      count += __ldcg(&lists.parts[block * halves + half].coefficients);
-    }
-    count = warp_sum(count);
-    if (lane == 0) lists.block_first[block] = count;
-  }
-  __syncthreads();
-  if (warp != 0) return;
-  std::int64_t used = lists.state->entries;
+  const bool dense = lists.dense();
+  int entries = lists.state->entries;
   for (int first = 0; first < lists.blocks; first += 32) {
-    const bool exists = first + lane < lists.blocks;
-    const int count = exists ? lists.block_first[first + lane] : 0;
-    const int before = sum_before(count);
-    if (exists) {
-      lists.block_first[first + lane] =
-          static_cast<std::int32_t>(min(used + before, std::int64_t{lists.entry_capacity}));
+    const int block = first + lane;
+    const bool exists = block < lists.blocks;
+    ListShare share = {};
+    if (exists && !dense) {
+      share = {__ldcg(&lists.shares[block].rows), __ldcg(&lists.shares[block].coefficients)};
     }
-    used += __shfl_sync(~0u, before + count, 31);
+    const int before = sum_before(share.coefficients);
+    if (exists) {
+      lists.first_rows[block] = lists.counts[block];
+      lists.first_entries[block] = entries + before;
+      lists.counts[block] += ceil_div(share.rows, kRowNeurons) * kRowNeurons;
+      lists.shares[block] = {};
+    }
+    entries += __shfl_sync(~0u, before + share.coefficients, 31);
   }
-  if (lane == 0) {
-    ListState& state = *lists.state;
-    state.dense = used > lists.entry_capacity;
-    state.dense_chunks += state.dense;
-    if (!state.dense) state.entries = static_cast<std::int32_t>(used);
-    state.finished = 0;
-    state.taken = 0;
-  }
+  if (lane != 0) return;
+  lists.state->entries = entries;
+  lists.state->finished = 0;
+  lists.state->taken = 0;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     count_kernel(const BackwardChunk chunk, const TokenLists lists) {
   __shared__ bool last;
-  const Part at;
-  if (at.block < lists.blocks) count_part(chunk, lists, at);
+  const Halves halves(chunk);
+  if (halves.count == 0) return;
+  for_each_part(lists, halves,
+                [&](int block, int half_tile) { count_part(chunk, lists, block, half_tile); });
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(&lists.state->finished, 1u) == gridDim.x * gridDim.y - 1;
+    last = atomicAdd(&lists.state->finished, 1u) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();
-  if (last) place_chunk(lists, 2 * chunk.forward.tiles);
+  if (last && threadIdx.x < 32) place_round(lists);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    list_kernel(const BackwardChunk chunk, const TokenLists lists) {
-  const ForwardChunk& forward = chunk.forward;
-  const Part at;
-  if (at.block >= lists.blocks) return;
-  const int halves = 2 * forward.tiles;
+__device__ __forceinline__ void list_part(const BackwardChunk& chunk, const TokenLists& lists,
+                                          Halves halves, int block, int half_tile) {
   const int lane = threadIdx.x % 32;
-  const bool last = at.half_tile == halves - 1;
-  const ListPart* parts = lists.parts + at.block * halves;
-  const ListPart part = parts[at.half_tile];
-  const int start = lists.counts[(lists.parity ^ 1) * lists.blocks + at.block];
-  if (lists.state->dense != 0) {
-    if (last && lane == 0) lists.counts[lists.parity * lists.blocks + at.block] = start;
-    return;
-  }
+  const bool last = half_tile == halves.last();
+  const ListPart* parts = lists.parts + block * 2 * chunk.forward.tiles;
+  const ListPart part = parts[half_tile];
   if (rows_of(part) == 0 && !last) return;
 
   int row = 0, entry = 0;
-  for (int i = lane; i < at.half_tile; i += 32) {
+  for (int i = halves.first + lane; i < half_tile; i += 32) {
     row += rows_of(parts[i]);
     entry += parts[i].coefficients;
   }
-  row = start + warp_sum(row);
-  entry = lists.block_first[at.block] + warp_sum(entry);
-  ListRow* rows = lists.rows + static_cast<std::size_t>(at.block) * lists.capacity;
+  row = lists.first_rows[block] + warp_sum(row);
+  entry = lists.first_entries[block] + warp_sum(entry);
+  ListRow* rows = lists.rows + static_cast<std::size_t>(block) * lists.capacity;
   if (last) {
     const int end = row + rows_of(part);
     const int padded = ceil_div(end, kRowNeurons) * kRowNeurons;
     const auto place = static_cast<std::uint32_t>((entry + part.coefficients) << 7);
     for (int i = end + lane; i < padded; i += 32) rows[i] = {ListRow::kNoToken, place};
-    if (lane == 0) lists.counts[lists.parity * lists.blocks + at.block] = padded;
   }
 
   // How many coefficients this lane's tokens have.
+  const std::int64_t columns = chunk.forward.column(half_tile / 2, half_tile % 2);
   int positions[2];
   ActiveTokens active[2];
   int counts[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    positions[i] = positions_of(lists, at.half_tile / 2, at.block)[32 * i + lane];
-    active[i] = at.active(chunk, lists, positions[i]);
+    positions[i] = positions_of(lists, half_tile / 2, block)[32 * i + lane];
+    active[i] = positions[i] < 0 ? ActiveTokens{} : lists.active[columns + positions[i]];
     std::uint32_t used = __ballot_sync(~0u, (active[i].words[0] | active[i].words[1]) != 0);
     for (; used != 0; used &= used - 1) {
       const int from = __ffs(used) - 1;
@@ -260,7 +300,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  const int token = lists.first + at.half_tile * kHalfTokens + lane / 8 * 16 + lane % 8;
+  const int token = lists.first + half_tile * kHalfTokens + lane / 8 * 16 + lane % 8;
   int place[2];
   std::uint32_t place_bits[2];
 #pragma unroll
@@ -277,7 +317,6 @@ __global__ void __launch_bounds__(kThreads)
     row += __popc(listed);
   }
 
-  const std::size_t columns = static_cast<std::size_t>(at.half_tile) * forward.capacity;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     std::uint32_t used = __ballot_sync(~0u, (active[i].words[0] | active[i].words[1]) != 0);
@@ -292,7 +331,7 @@ __global__ void __launch_bounds__(kThreads)
         const bool exists = used != 0;
         from[b] = exists ? __ffs(used) - 1 : 0;
         used &= used - 1;
-        const std::size_t column =
+        const std::int64_t column =
             (columns + __shfl_sync(~0u, positions[i], from[b])) * kColumnWords + lane;
         low[b] = exists && ((__shfl_sync(~0u, active[i].words[0], from[b]) >> lane) & 1u);
         high[b] = exists && ((__shfl_sync(~0u, active[i].words[1], from[b]) >> lane) & 1u);
@@ -317,9 +356,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads, kResident)
+    list_kernel(const BackwardChunk chunk, const TokenLists lists) {
+  const Halves halves(chunk);
+  if (halves.count == 0 || lists.dense()) return;
+  for_each_part(lists, halves, [&](int block, int half_tile) {
+    list_part(chunk, lists, halves, block, half_tile);
+  });
+}
+
 // Ties by index: what takes longest begins first.
 __global__ void __launch_bounds__(kThreads) order_kernel(const TokenLists lists) {
-  const std::int32_t* counts = lists.counts + lists.parity * lists.blocks;
+  const std::int32_t* counts = lists.counts;
   if (threadIdx.x == 0) lists.state->taken = 0;
   for (int block = threadIdx.x; block < lists.blocks; block += kThreads) {
     const int mine = counts[block];
@@ -333,31 +381,21 @@ __global__ void __launch_bounds__(kThreads) order_kernel(const TokenLists lists)
 
 }  // namespace
 
-Status launch_begin_lists(const TokenLists& lists, int neurons, cudaStream_t stream) {
-  const auto zero = [&](void* data, std::size_t bytes) {
-    return check(cudaMemsetAsync(data, 0, bytes, stream), "cudaMemsetAsync");
-  };
-  if (Status s = zero(lists.state, sizeof(ListState)); !s.ok()) return s;
-  if (Status s = zero(lists.counts, 2 * lists.blocks * sizeof(*lists.counts)); !s.ok()) return s;
-  return zero(lists.activity, neurons * sizeof(*lists.activity));
+Status launch_sort_neurons(const BackwardChunk& chunk, const TokenLists& lists,
+                           std::int32_t* activity, cudaStream_t stream) {
+  constexpr int kColumnCtas = 8;  // of a half tile
+  const dim3 columns(kColumnCtas, 2 * chunk.forward.tiles);
+  Status status = launch(activity_kernel, columns, kThreads, 0, stream, chunk, activity);
+  if (!status.ok()) return status;
+  const int ctas = ceil_div(lists.blocks * kRowNeurons, kSortThreads);
+  return launch(sort_kernel, ctas, kSortThreads, 0, stream, lists, activity, chunk.forward.neurons);
 }
 
-Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists,
+Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists, int multiprocessors,
                            cudaStream_t stream) {
-  const unsigned halves = 2 * chunk.forward.tiles;
-  constexpr int kColumnCtas = 8;  // of a half tile
-  const dim3 columns(kColumnCtas, halves);
-  const dim3 parts(ceil_div(lists.blocks, kWarps), halves);
-  if (Status s = launch(active_kernel, columns, kThreads, 0, stream, chunk, lists); !s.ok()) {
-    return s;
-  }
-  if (chunk.first) {
-    const int ctas = ceil_div(lists.blocks * kRowNeurons, kSortThreads);
-    Status s = launch(sort_kernel, ctas, kSortThreads, 0, stream, lists, chunk.forward.neurons);
-    if (!s.ok()) return s;
-  }
-  if (Status s = launch(count_kernel, parts, kThreads, 0, stream, chunk, lists); !s.ok()) return s;
-  return launch(list_kernel, parts, kThreads, 0, stream, chunk, lists);
+  const int ctas = kResident * multiprocessors;
+  if (Status s = launch(count_kernel, ctas, kThreads, 0, stream, chunk, lists); !s.ok()) return s;
+  return launch(list_kernel, ctas, kThreads, 0, stream, chunk, lists);
 }
 
 Status launch_order_lists(const TokenLists& lists, cudaStream_t stream) {

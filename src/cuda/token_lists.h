@@ -4,10 +4,15 @@
 // not of neighbours but of neurons that are active about equally often, so that those of rare
 // neurons have short lists.
 //
-// The lists grow chunk by chunk into one arena and are multiplied once, after the last chunk. A
-// chunk whose coefficients do not fit is *dense*: its products are made at once, half tile by half
-// tile, from the columns of its coefficients, and their float32 sums kept, in two halves: the upper
-// 16 bits in the gradients themselves, the lower ones in the workspace.
+// The lists grow round by round into one arena and are multiplied once, after the last round. A
+// pass with more active (token, neuron) pairs than the arena has room for is *dense*: the products
+// of each round are made at once, half tile by half tile, from the columns of its coefficients, and
+// their float32 sums kept, in two halves: the upper 16 bits in the gradients themselves, the lower
+// ones in the workspace, in the place of the lists.
+//
+// A pair that is not active has coefficients of 0, but where a product with 0 is NaN. Then the
+// neuron's whole row of a gradient is NaN, which is noted (silent_nans) and not listed: so no more
+// coefficients are listed than there are active pairs.
 
 #include <cuda_runtime_api.h>
 
@@ -31,7 +36,13 @@ struct ListPart {
   std::int32_t coefficients;
 };
 
-// A token of a list, and its part of the arena. Each chunk's rows are filled up to a multiple of
+// What a round adds to a block's list.
+struct ListShare {
+  std::int32_t rows;
+  std::int32_t coefficients;
+};
+
+// A token of a list, and its part of the arena. Each round's rows are filled up to a multiple of
 // 64 with kNoToken, so that 64 rows' coefficients lie side by side.
 struct ListRow {
   static constexpr std::uint32_t kNoToken = ~0u;
@@ -53,16 +64,14 @@ struct ListEntry {
 };
 
 struct ListState {
-  std::int32_t entries;       // in the arena
-  std::int32_t dense;         // whether the chunk at hand is dense
-  std::int32_t dense_chunks;  // so far, the one at hand included
-  std::uint32_t finished;     // CTAs
-  std::int32_t taken;         // pieces of work on the gradients
+  std::int32_t entries;    // in the arena
+  std::uint32_t finished;  // CTAs
+  std::int32_t taken;      // pieces of work on the gradients
 };
 
 static_assert(sizeof(ActiveTokens) == kActiveTokensBytes && sizeof(ListPart) == kListPartBytes &&
-              sizeof(ListRow) == kListRowBytes && sizeof(ListEntry) == kListEntryBytes &&
-              sizeof(ListState) == kListStateBytes);
+              sizeof(ListShare) == kListShareBytes && sizeof(ListRow) == kListRowBytes &&
+              sizeof(ListEntry) == kListEntryBytes && sizeof(ListState) == kListStateBytes);
 static_assert(kMaxEntries < 1 << 25, "ListRow::place has 25 bits for the first coefficient");
 
 struct TokenLists {
@@ -70,24 +79,29 @@ struct TokenLists {
   int capacity;        // rows of a list
   int entry_capacity;  // of the arena
   int first;           // the chunk's first token
-  int parity;          // of the chunk's number
 
+  const unsigned long long* pairs;  // active ones of the pass: SavedColumns::active
   ListState* state;
-  std::int32_t* activity;  // [N]: active tokens of the first chunk
-  std::int32_t* neurons;   // [blocks, 64]: those of each block; negative: none
-  std::int32_t*
-      positions;         // [tiles of a chunk, blocks, 64]: in the tile's union; negative: not there
-  ActiveTokens* active;  // [2 tiles of a chunk, capacity]: by union position
-  ListPart* parts;       // [blocks, 2 tiles of a chunk]
-  std::int32_t* block_first;  // [blocks]: the chunk's first entry
-  std::int32_t* counts;  // [2, blocks]: rows after this chunk at `parity`, before it at the other
-  std::int32_t* order;   // [blocks]: by falling count
-  ListRow* rows;         // [blocks, capacity]
-  ListEntry* entries;    // [entry_capacity]
+  std::int32_t* neurons;        // [blocks, 64]: those of each block; negative: none
+  std::uint32_t* silent_nans;   // [N]: kNanDu, kNanH where a pair that is not active has a NaN
+  std::int32_t* positions;      // [chunk tiles, blocks, 64]: in the tile's union; negative: none
+  ActiveTokens* active;         // [2 positions]: of each column
+  ListPart* parts;              // [blocks, 2 chunk tiles]
+  ListShare* shares;            // [blocks]: 0 but while a round's parts are counted
+  std::int32_t* first_rows;     // [blocks]: of the round at hand
+  std::int32_t* first_entries;  // [blocks]: the same
+  std::int32_t* counts;         // [blocks]: rows, the round at hand included
+  std::int32_t* order;          // [blocks]: by falling count
+  ListRow* rows;                // [blocks, capacity]
+  ListEntry* entries;           // [entry_capacity]
+
+  static constexpr std::uint32_t kNanDu = 1, kNanH = 2;
+
+  __device__ bool dense() const { return *pairs > static_cast<unsigned long long>(entry_capacity); }
 };
 
-// The gradients [neurons, hidden] of a pass, null where not wanted, and the lower halves of the
-// dense chunks' sums.
+// The gradients [neurons, hidden] of a pass, null where not wanted, and the lower halves of a dense
+// pass's sums.
 struct WeightGradients {
   void* gate;  // null for a plain block
   void* up;
@@ -95,15 +109,16 @@ struct WeightGradients {
   std::uint16_t* low[3];
 };
 
-// Resets the state, the counts and the activity, before the first chunk.
-Status launch_begin_lists(const TokenLists& lists, int neurons, cudaStream_t stream);
+// neurons, with the first round. activity [N], which is 0: its active tokens of each neuron.
+Status launch_sort_neurons(const BackwardChunk& chunk, const TokenLists& lists,
+                           std::int32_t* activity, cudaStream_t stream);
 
-// active, parts, state; with the first chunk neurons; rows, entries and counts += those of a chunk
-// that is not dense.
-Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists,
+// Of a round: active, parts, silent_nans; and if the pass is not dense, rows and entries, to which
+// its own are added. Before the first round state, shares, counts and silent_nans are 0.
+Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists, int multiprocessors,
                            cudaStream_t stream);
 
-// order ← counts, after the last chunk.
+// order ← counts, after the last round.
 Status launch_order_lists(const TokenLists& lists, cudaStream_t stream);
 
 }  // namespace twell::cuda

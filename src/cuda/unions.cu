@@ -1,6 +1,6 @@
-// From the column masks of a chunk to the union of each token tile, the order of the work over them
-// and where their columns of g and u are kept. One CTA per tile; the last to finish makes the
-// schedule and the places.
+// From the column masks of a chunk to the union of each token tile, where the columns over it lie
+// and where those of g and u are kept, and the rounds and the order of the work. One CTA per tile;
+// the last to finish makes all but the unions.
 
 #include "cuda/check.h"
 #include "cuda/forward.h"
@@ -91,13 +91,14 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
 // How many steps the largest items have: as many as they may, unless the multiprocessors, each of
 // which takes every so-manieth item, longest first, would be done sooner with smaller ones. An item
 // costs a step more than it has, for its tokens.
-__device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const int* counts) {
+__device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const int* counts,
+                                            int tiles) {
   __shared__ int items[kStepCounts][kStepCounts];  // [most - 1, steps - 1]
   __shared__ int costs[kStepCounts];
   if (chunk.multiprocessors == 0) return kStepCounts;
   if (threadIdx.x < kStepCounts * kStepCounts) (&items[0][0])[threadIdx.x] = 0;
   __syncthreads();
-  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
+  for (int tile = threadIdx.x; tile < tiles; tile += kThreads) {
     const int all = ceil_div(counts[tile], kUnionStep);
 #pragma unroll
     for (int most = 1; most <= kStepCounts; ++most) {
@@ -128,48 +129,95 @@ __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const int
 
 // Items of tiles whose g and u must be made anew, then all others, each longest first, and tiles by
 // falling count; ties by index, so that it is deterministic.
-__device__ __forceinline__ void write_schedule(const ForwardChunk& chunk) {
-  __shared__ int counts[kMaxChunkTiles];
+__device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedule& round,
+                                               int first_tile, int tiles) {
+  __shared__ int counts[kMaxChunkTiles];  // of the round's tiles
   __shared__ int scratch[2][kWarps];
   const bool backward = chunk.half_places != nullptr;
-  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
-    counts[tile] = __ldcg(&chunk.counts[tile]);
+  for (int i = threadIdx.x; i < tiles; i += kThreads) {
+    counts[i] = __ldcg(&chunk.counts[first_tile + i]);
   }
   __syncthreads();
 
-  const int most = choose_steps(chunk, counts);
+  if (threadIdx.x == 0) {
+    round.first_tile = first_tile;
+    round.tiles = tiles;
+  }
+  if (tiles == 0) {
+    if (threadIdx.x == 0) round.item_count = round.anew = 0;
+    return;
+  }
+  const int most = choose_steps(chunk, counts, tiles);
   int items = 0;
   int turn = 0;
   const auto append = [&](int steps, bool anew) {
-    for (int first = 0; first < chunk.tiles; first += kThreads, turn ^= 1) {
-      const int tile = first + static_cast<int>(threadIdx.x);
-      const bool takes = tile < chunk.tiles && (backward && chunk.kept_place(tile) < 0) == anew;
-      const int all = takes ? ceil_div(counts[tile], kUnionStep) : 0;
+    for (int first = 0; first < tiles; first += kThreads, turn ^= 1) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      const int tile = first_tile + i;
+      const bool takes = i < tiles && (backward && chunk.kept_place(tile) < 0) == anew;
+      const int all = takes ? ceil_div(counts[i], kUnionStep) : 0;
       const int whole = all / most;
       const bool has_rest = steps < most && all % most == steps;
       const int mine = steps == most ? whole : has_rest;
       int total;
       int at = items + exclusive_sum(mine, scratch[turn], total);
-      for (int i = 0; i < mine; ++i) {
-        UnionItem& item = chunk.schedule->items[at + i];
+      for (int k = 0; k < mine; ++k) {
+        UnionItem& item = round.items[at + k];
         item.tile = tile;
-        item.first = (has_rest ? whole : i) * most;
+        item.first = (has_rest ? whole : k) * most;
         item.steps = steps - 1;
       }
       items += total;
     }
   };
   for (int steps = most; backward && steps > 0; --steps) append(steps, true);
-  if (threadIdx.x == 0) chunk.schedule->anew = items;
+  if (threadIdx.x == 0) round.anew = items;
   for (int steps = most; steps > 0; --steps) append(steps, false);
-  if (threadIdx.x == 0) chunk.schedule->item_count = items;
+  if (threadIdx.x == 0) round.item_count = items;
 
-  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
+  for (int i = threadIdx.x; i < tiles; i += kThreads) {
     int rank = 0;
-    for (int other = 0; other < chunk.tiles; ++other) {
-      rank += counts[other] > counts[tile] || (counts[other] == counts[tile] && other < tile);
+    for (int other = 0; other < tiles; ++other) {
+      rank += counts[other] > counts[i] || (counts[other] == counts[i] && other < i);
     }
-    chunk.order[rank] = tile;
+    chunk.order[first_tile + rank] = first_tile + i;
+  }
+  __syncthreads();
+}
+
+// Each round takes tiles, one after the other, as long as their positions find room and until it
+// has its share of as few rounds as may do. That is never more rounds than if each took only the
+// tiles that find room with all neurons in use.
+__device__ __forceinline__ void write_rounds(const ForwardChunk& chunk) {
+  __shared__ int scratch[2][kWarps];
+  const auto padded = [&](int tile) {
+    const int count = tile < chunk.tiles ? __ldcg(&chunk.counts[tile]) : 0;
+    return ceil_div(count, kUnionStep) * kUnionStep;
+  };
+  int mine = 0;
+  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) mine += padded(tile);
+  int all;
+  exclusive_sum(mine, scratch[1], all);
+  const int share = ceil_div(all, max(1, ceil_div(all, chunk.positions)));
+
+  int next = 0;  // tile
+  for (int i = 0; i < chunk.rounds; ++i) {
+    const int first = next;
+    int taken = 0;  // positions
+    int fitting = next < chunk.tiles ? kThreads : 0;
+    while (fitting == kThreads) {
+      const int tile = next + static_cast<int>(threadIdx.x);
+      const int own = padded(tile);
+      int total;
+      const int position = taken + exclusive_sum(own, scratch[0], total);
+      const bool fits =
+          tile < chunk.tiles && position <= share && position + own <= chunk.positions;
+      if (fits) chunk.first_positions[tile] = position;
+      exclusive_sum(fits, scratch[1], fitting);
+      taken += total;
+      next += fitting;
+    }
+    write_schedule(chunk, chunk.schedule_of(i), first, next - first);
   }
 }
 
@@ -189,7 +237,9 @@ __device__ __forceinline__ void write_places(const ForwardChunk& chunk) {
     if (tile < chunk.tiles) saved.places[tile] = place + padded <= saved.positions ? place : -1;
     taken = min(taken + total, saved.positions);
   }
-  if (threadIdx.x == 0) *saved.taken = taken;
+  if (threadIdx.x != 0) return;
+  *saved.taken = taken;
+  if (saved.active && saved.first) *saved.active = 0;
 }
 
 __global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chunk) {
@@ -203,7 +253,7 @@ __global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chu
   }
   __syncthreads();
   if (!last) return;
-  write_schedule(chunk);
+  write_rounds(chunk);
   if (chunk.saved.places) write_places(chunk);
 }
 

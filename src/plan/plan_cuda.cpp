@@ -14,7 +14,7 @@ namespace {
 // little, small enough that the address space stays bounded.
 constexpr std::int64_t kMaxChunkTiles = 256;
 
-// The same when training, where memory counts: the forward needs no more than the backward does.
+// The same when training, where memory counts: at most that, and no more memory than the backward.
 constexpr std::int64_t kMaxTrainingTiles = 128;
 
 // Shares assumed without an estimate, those of layer 5 of the traces: of the neurons in a tile's
@@ -79,12 +79,25 @@ struct Sparsity {
   }
 };
 
-// Rates of Hopper's sparse backward, as kHopper, and its small kernels: for every chunk, and once.
-// From bench/results/h200/ffn_backward.json.
+// Rates of Hopper's sparse backward, as kHopper, and its small kernels: for every chunk, every
+// round with tiles, and once. From bench/results/h200/ffn_backward.json. And what a kernel costs
+// that returns at once.
 constexpr double kBackwardUnion = 3.9;
 constexpr double kBackwardWeights = 2.6;
-constexpr double kBackwardChunkMs = 0.1;
+constexpr double kBackwardChunkMs = 0.04;
+constexpr double kBackwardRoundMs = 0.06;
 constexpr double kBackwardLaunchMs = 0.05;
+constexpr double kEmptyLaunchMs = 0.0011;
+constexpr double kRoundLaunches = 6;  // remake, coefficients, down, count, list, weights
+
+// What determines the layouts of a training plan, the forward's chunks being of so many tiles.
+FfnPlan with_chunks(const FfnProblem& problem, const Device& device, std::int64_t chunk_tiles) {
+  FfnPlan plan;
+  plan.problem = problem;
+  plan.device = device;
+  plan.chunk_tokens = chunk_tiles * cuda::kTileTokens;
+  return plan;
+}
 
 // Of the sparse backward; `product` is a dense product's time at 1 TFLOP/s. For GPUs other than
 // Hopper by its FLOPs, with the rate of the same instructions on an A100: not measured.
@@ -94,17 +107,21 @@ double predict_backward(const FfnProblem& problem, const Device& device, double 
   const bool gated = problem.kind == FfnKind::kGated;
   const double of_weights = gated ? 3 : 2;
   const double in_union = sparsity.in_union / neurons;
-  const double chunks = std::ceil(static_cast<double>(problem.tokens) /
-                                  (cuda::kMaxBackwardTiles * cuda::kTileTokens));
+  const cuda::BackwardLayout layout(with_chunks(problem, device, kMaxTrainingTiles));
+  const double chunks = static_cast<double>(layout.chunks);
+  const double rounds =
+      chunks * std::ceil(static_cast<double>(layout.tiles) * std::max(sparsity.in_union, 1.0) /
+                         std::max(static_cast<double>(layout.positions), 1.0));
   if (cuda::takes_token_lists(device)) {
     const double over_union = gated ? 3 : 2;  // dh and dx
-    return kBackwardLaunchMs + chunks * kBackwardChunkMs +
+    const double launches = chunks * static_cast<double>(layout.rounds) * kRoundLaunches;
+    return kBackwardLaunchMs + chunks * kBackwardChunkMs + rounds * kBackwardRoundMs +
+           launches * kEmptyLaunchMs +
            product * (over_union * in_union / kBackwardUnion +
                       of_weights * sparsity.sorted_blocks / kBackwardWeights);
   }
   const double over_union = gated ? 5 : 3;  // g, u, dh and both of dx; plain: g, dh and dx
-  const double groups = std::ceil(neurons / (cuda::kRowNeurons * cuda::kGroupBlocks));
-  const double kernels = chunks * (4 + 4 * groups);
+  const double kernels = chunks * 2 + rounds * (2 + 4 * static_cast<double>(layout.groups));
   const double share = over_union * in_union + of_weights * sparsity.blocks;
   return kernels * kTileLaunchMs / 4 + product * share / kAmpere.over_union;
 }
@@ -135,11 +152,12 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
   return out;
 }
 
-// Tiles of a training forward's chunk: the most, from half the maximum on, with which the gate
-// needs the fewest waves in all. Its pieces are pairs of tiles by blocks of neurons, one at a time
-// on each pair of multiprocessors.
-std::int64_t training_tiles(std::int64_t tiles, std::int64_t neurons, const Device& device) {
-  const std::int64_t blocks = cuda::ceil_div<std::int64_t>(neurons, cuda::kBlockNeurons);
+// Tiles of a training forward's chunk: the most, from half of what the backward's memory allows on,
+// with which the gate needs the fewest waves in all. Its pieces are pairs of tiles by blocks of
+// neurons, one at a time on each pair of multiprocessors.
+std::int64_t training_tiles(const FfnProblem& problem, const Device& device) {
+  const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
+  const std::int64_t blocks = cuda::ceil_div<std::int64_t>(problem.neurons, cuda::kBlockNeurons);
   const std::int64_t pairs_at_once = std::max(1, device.multiprocessors / 2);
   const auto waves = [&](std::int64_t chunk) {
     return cuda::ceil_div(cuda::ceil_div<std::int64_t>(chunk, 2) * blocks, pairs_at_once);
@@ -147,9 +165,12 @@ std::int64_t training_tiles(std::int64_t tiles, std::int64_t neurons, const Devi
   const auto all_waves = [&](std::int64_t chunk) {
     return tiles / chunk * waves(chunk) + waves(tiles % chunk);
   };
-  if (tiles <= kMaxTrainingTiles) return std::max<std::int64_t>(1, tiles);
-  std::int64_t best = kMaxTrainingTiles;
-  for (std::int64_t chunk = best - 1; chunk >= kMaxTrainingTiles / 2; --chunk) {
+  std::int64_t most = std::clamp<std::int64_t>(tiles, 1, kMaxTrainingTiles);
+  const std::size_t bytes = cuda::BackwardLayout(with_chunks(problem, device, most)).bytes;
+  while (most > 1 && cuda::ForwardLayout(with_chunks(problem, device, most)).bytes > bytes) --most;
+  if (tiles <= most) return most;
+  std::int64_t best = most;
+  for (std::int64_t chunk = best - 1; 2 * chunk >= most; --chunk) {
     if (all_waves(chunk) < all_waves(best)) best = chunk;
   }
   return best;
@@ -192,7 +213,7 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t chunks = std::max<std::int64_t>(1, cuda::ceil_div(tiles, kMaxChunkTiles));
   const std::int64_t chunk_tiles = options.training
-                                       ? training_tiles(tiles, problem.neurons, device)
+                                       ? training_tiles(problem, device)
                                        : std::max<std::int64_t>(1, cuda::ceil_div(tiles, chunks));
   plan.tile_tokens = cuda::kTileTokens;
   plan.chunk_tokens = chunk_tiles * cuda::kTileTokens;

@@ -71,7 +71,9 @@ TEST(PlanCuda, TrainsWithABoundedWorkspaceAndLittleSaved) {
   EXPECT_GE(plan.saved_bytes, masks + columns);
   EXPECT_LE(plan.saved_bytes, masks + columns + 1024);
   EXPECT_EQ(plan_ffn(problem(16384), with_capability(80), options)->saved_bytes, plan.saved_bytes);
-  EXPECT_LT(plan.backward_workspace_bytes, std::size_t{600} << 20);
+  // Three tenths of the dense block's 809.5 MB, as measured (bench/results/h200/ffn_backward.json).
+  EXPECT_LE(plan.saved_bytes + plan.workspace_bytes, 242'850'000u);
+  EXPECT_LE(plan.saved_bytes + plan.backward_workspace_bytes, 242'850'000u);
   // Beyond a chunk only a list's row of 8 bytes for each token and block of 64 neurons.
   EXPECT_LT(plan_ffn(problem(2000000000), hopper(), options)->backward_workspace_bytes,
             (std::size_t{1} << 30) + 2000000128u * std::size_t{88 * 8});
@@ -90,17 +92,20 @@ TEST(PlanCuda, TrainsInSmallChunksThatFillTheMultiprocessors) {
   PlanOptions options;
   options.path = FfnPath::kSparse;
   options.training = true;
-  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->chunk_tokens, 128 * 128);
-  // On 66 pairs of multiprocessors, 64 pairs of tiles by 12 blocks of neurons are 11.6 waves, and
-  // 60 are 10.9: 5 chunks of 120 tiles need 55, 4 of 128 and the rest 56.
+  // On 66 pairs of multiprocessors, 24 pairs of tiles by 22 blocks of neurons are 8 waves.
+  EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->chunk_tokens, 48 * 128);
+  // 64 pairs of tiles by 12 blocks of neurons are 11.6 waves, and 60 are 10.9: 5 chunks of 120
+  // tiles need 55, 4 of 128 and the rest 56.
   FfnProblem narrow = problem(120 * 128 * 5);
   narrow.neurons = 12 * 256;
   EXPECT_EQ(plan_ffn(narrow, hopper(), options)->chunk_tokens, 120 * 128);
   for (const std::int64_t tokens : {0, 1, 129, 16384, 16385, 2000000000}) {
-    const std::int64_t chunk = plan_ffn(problem(tokens), hopper(), options)->chunk_tokens;
-    EXPECT_LE(chunk, 128 * 128);
-    EXPECT_GE(chunk, std::min<std::int64_t>(std::max<std::int64_t>(tokens, 1), 64 * 128));
-    EXPECT_EQ(chunk % 128, 0);
+    const FfnPlan plan = plan_ffn(problem(tokens), hopper(), options).value();
+    EXPECT_LE(plan.chunk_tokens, 128 * 128);
+    EXPECT_GE(plan.chunk_tokens,
+              std::min<std::int64_t>(std::max<std::int64_t>(tokens, 1), 24 * 128));
+    EXPECT_EQ(plan.chunk_tokens % 128, 0);
+    EXPECT_LE(plan.workspace_bytes, plan.backward_workspace_bytes);
   }
 }
 

@@ -47,8 +47,8 @@ TEST_F(CudaBackward, IsExactWhereSumsAre) {
         }
       }
     }
-    check_exact({kind, DType::kBf16, 8200, 8, 8});  // more than a chunk
   }
+  check_exact({FfnKind::kGated, DType::kBf16, 33000, 8, 8});  // more than a chunk
 }
 
 TEST_F(CudaBackward, MatchesFloat64InChunksAndGroupsOfNeurons) {
@@ -56,6 +56,49 @@ TEST_F(CudaBackward, MatchesFloat64InChunksAndGroupsOfNeurons) {
   check(TrainingBlock(FfnKind::kPlain, 400, 40, 264, 0.3), "chunks of 256", 256, kKeepAll);
   check(TrainingBlock(FfnKind::kGated, 65, 24, 2120, 0.02), "two groups");
   check(TrainingBlock(FfnKind::kGated, 600, 264, 136, 0.3), "dense chunks of 256, strips", 128);
+}
+
+// With room for the columns of one tile in full: two tiles of few neurons, one of all, three of
+// few, of which the last is not whole.
+TEST_F(CudaBackward, MatchesFloat64InUnevenRounds) {
+  for (const FfnKind kind : kKinds) {
+    for (const int heavy_tokens : {3, 128}) {  // the latter are too many for lists
+      TrainingBlock block(kind, 700, 40, 264, 0.001);
+      for (int t = 256; t < 256 + heavy_tokens; ++t) block.x[t * 40] = to_bf16(-8.0f);
+      for (const double share : {0.0, 0.3}) {
+        check(block, std::to_string(heavy_tokens) + " heavy tokens, share " + std::to_string(share),
+              128, share);
+      }
+    }
+  }
+}
+
+// On Hopper, the lists' entries after a pass: none if it was dense.
+int list_entries(const TrainingCall& call) {
+  const cuda::BackwardLayout layout(call.forward.plan);
+  return call.workspace.download<std::int32_t>()[layout.list_state / 4];
+}
+
+// A pass has lists as long as they have room for all active pairs: here 16 neurons' of 256.
+TEST_F(CudaBackward, IsDenseFromOneActivePairTooMany) {
+  for (const FfnKind kind : kKinds) {
+    TrainingBlock full(kind, 300, 24, 256, 0);
+    for (int i = 0; i < 16; ++i) full.set_bias(17 * i, 3.5f);
+    for (int t = 0; t < 300; ++t) full.x[t * 24 + 1] = to_bf16(0);
+    TrainingBlock over = full;
+    over.x[200 * 24 + 1] = to_bf16(7);
+    (over.gated() ? over.gate : over.up)[1 * 24 + 1] = to_bf16(8);
+    check(full, "as many as there is room for", 128);
+    check(over, "one more", 128);
+    for (const Device& device : devices) {
+      if (!cuda::takes_token_lists(device)) continue;
+      for (const auto& [block, entries] : {std::pair(&full, 300 * 16), std::pair(&over, 0)}) {
+        TrainingCall call(training_plan(block->problem, device, 128), *block);
+        ASSERT_TRUE(call.run().ok());
+        EXPECT_EQ(list_entries(call), entries);
+      }
+    }
+  }
 }
 
 TEST_F(CudaBackward, MatchesFloat64AtUnevenPatterns) {
@@ -90,7 +133,7 @@ TEST_F(CudaBackward, SavesLittleAndLeavesItAsItWas) {
     TrainingCall call(training_plan(block.problem, device), block);
     // A bit for each half tile and neuron, in blocks of 256; and g and u of a quarter of the
     // neurons.
-    const std::size_t masks = 4 * 512 / 8, counts = 2 * 256, columns = 2 * 128 * 128 * 2;
+    const std::size_t masks = 4 * 512 / 8, counts = 3 * 256, columns = 2 * 128 * 128 * 2;
     EXPECT_EQ(call.forward.plan.saved_bytes, masks + counts + columns);
     ASSERT_TRUE(call.run().ok());
     const std::vector<std::uint32_t> saved = call.saved.download<std::uint32_t>();
@@ -257,6 +300,54 @@ TEST_F(CudaBackward, SpreadsInfinityOfASilentToken) {
     TrainingCall call(training_plan(block.problem, device, 0, kKeepAll), block);
     ASSERT_TRUE(call.run().ok());
     expect_same_classes(call, want);
+  }
+}
+
+// Of a weight that does not decide, a NaN or an infinity makes NaNs for the silent tokens of the
+// tile, whose 0 it meets. Lists leave them out, and all the more so those of a dy that is not
+// finite.
+TEST_F(CudaBackward, SpreadsNanOfSilentPairs) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const float bad : {infinity, std::numeric_limits<float>::quiet_NaN()}) {
+    TrainingBlock good(FfnKind::kGated, 100, 24, 264, 0.01);
+    good.set_bias(40, 3.5f);
+    good.x[50 * 24] = to_bf16(-8.0f);  // but for this token
+    TrainingBlock bad_up = good, bad_down = good, bad_dy = good;
+    bad_up.up[40 * 24 + 3] = to_bf16(bad);
+    bad_down.down[40 * 24 + 3] = to_bf16(bad);
+    for (int t = 0; t < 60; ++t) bad_dy.grad_y[t * 24 + 3] = to_bf16(bad);
+    for (const TrainingBlock& block : {bad_up, bad_down, bad_dy}) {
+      const Gradients want = dense_gradients(block, no_rounding);
+      for (const Device& device : devices) {
+        SCOPED_TRACE("value " + std::to_string(bad) + " as sm_" +
+                     std::to_string(device.compute_capability));
+        TrainingCall call(training_plan(block.problem, device, 0, kKeepAll), block);
+        ASSERT_TRUE(call.run().ok());
+        expect_same_classes(call, want);
+        if (cuda::takes_token_lists(device)) {
+          EXPECT_GT(list_entries(call), 0);
+        }
+      }
+    }
+  }
+}
+
+// Tokens of which every neuron is active, too many for lists.
+TEST_F(CudaBackward, SpreadsNanOfManyTokens) {
+  for (const FfnKind kind : kKinds) {
+    TrainingBlock block(kind, 300, 24, 72, 0.01);
+    for (int t = 0; t < 300; t += 10) {
+      block.x[t * 24 + 3] = to_bf16(std::numeric_limits<float>::quiet_NaN());
+    }
+    const Gradients want = dense_gradients(block, no_rounding);
+    for (const Device& device : devices) {
+      TrainingCall call(training_plan(block.problem, device, 128), block);
+      ASSERT_TRUE(call.run().ok());
+      expect_same_classes(call, want);
+      if (cuda::takes_token_lists(device)) {
+        EXPECT_EQ(list_entries(call), 0);
+      }
+    }
   }
 }
 

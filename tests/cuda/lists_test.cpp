@@ -86,6 +86,42 @@ struct Columns {
   }
 };
 
+// What the kernel of the unions reads and writes, but for the schedules.
+struct UnionBuffers {
+  DeviceBuffer masks, unions, counts, order, first_positions;
+
+  explicit UnionBuffers(const Columns& host)
+      : masks(host.masks),
+        unions(host.tiles * host.capacity * sizeof(UnionEntry)),
+        counts(host.tiles * 4),
+        order(host.tiles * 4),
+        first_positions(host.tiles * 4) {}
+
+  // With room for the columns of all tiles at once.
+  ForwardChunk chunk(const Columns& host) const {
+    ForwardChunk chunk = {};
+    chunk.tokens = host.tokens;
+    chunk.tiles = host.tiles;
+    chunk.neurons = host.neurons;
+    chunk.blocks = host.blocks;
+    chunk.capacity = host.capacity;
+    chunk.masks = masks.as<std::uint32_t>();
+    chunk.unions = unions.as<UnionEntry>();
+    chunk.counts = counts.as<std::int32_t>();
+    chunk.first_positions = first_positions.as<std::int32_t>();
+    chunk.positions = host.tiles * host.capacity;
+    chunk.rounds = 1;
+    chunk.order = order.as<std::int32_t>();
+    return chunk;
+  }
+
+  void expect_guards_intact() const {
+    for (const DeviceBuffer* buffer : {&unions, &counts, &order, &first_positions}) {
+      EXPECT_TRUE(buffer->guard_intact());
+    }
+  }
+};
+
 class CudaLists : public GpuTest, public ::testing::WithParamInterface<std::tuple<int, double>> {
  protected:
   int padded_count(int tile) const {
@@ -105,24 +141,14 @@ INSTANTIATE_TEST_SUITE_P(NeuronsAndDensity, CudaLists,
 
 TEST_P(CudaLists, MatchTheColumns) {
   const std::size_t halves = 2 * host.tiles;
-  const DeviceBuffer masks(host.masks), columns(host.columns);
-  const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
-  const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
+  const UnionBuffers buffers(host);
+  const DeviceBuffer columns(host.columns);
   const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
   const DeviceBuffer h(halves * host.capacity * kHalfTokens * sizeof(bf16));
   const DeviceBuffer activity(std::vector<std::int32_t>(host.neurons, 0));
   const DeviceBuffer partial_l1(host.tiles * 4), l0(8), l1(4);
-  ForwardChunk chunk = {};
-  chunk.tokens = host.tokens;
-  chunk.tiles = host.tiles;
-  chunk.neurons = host.neurons;
-  chunk.blocks = host.blocks;
-  chunk.capacity = host.capacity;
-  chunk.masks = masks.as<std::uint32_t>();
+  ForwardChunk chunk = buffers.chunk(host);
   chunk.columns = columns.as<std::uint32_t>();
-  chunk.unions = unions.as<UnionEntry>();
-  chunk.counts = counts.as<std::int32_t>();
-  chunk.order = order.as<std::int32_t>();
   chunk.schedule = schedule.as<Schedule>();
   chunk.h = h.as<std::uint32_t>();
   for (const Status& status :
@@ -133,16 +159,18 @@ TEST_P(CudaLists, MatchTheColumns) {
     ASSERT_TRUE(status.ok()) << status.message();
   }
   require_cuda(cudaDeviceSynchronize());
-  for (const DeviceBuffer* buffer : {&unions, &counts, &order, &schedule, &h, &activity}) {
+  buffers.expect_guards_intact();
+  for (const DeviceBuffer* buffer : {&schedule, &h, &activity}) {
     EXPECT_TRUE(buffer->guard_intact());
   }
 
-  const auto got_unions = unions.download<UnionEntry>();
-  const auto got_counts = counts.download<std::int32_t>();
+  const auto got_unions = buffers.unions.download<UnionEntry>();
+  const auto got_counts = buffers.counts.download<std::int32_t>();
   const auto got_h = h.download<bf16>();
   using Item = std::tuple<int, int, int>;  // tile, first, steps
   std::vector<Item> want_items;
-  for (int tile = 0; tile < host.tiles; ++tile) {
+  int position = 0;  // the tile's first in h
+  for (int tile = 0; tile < host.tiles; position += padded_count(tile++)) {
     const std::vector<int> want = host.union_of(tile);
     const int count = static_cast<int>(want.size());
     ASSERT_EQ(got_counts[tile], count);
@@ -158,7 +186,7 @@ TEST_P(CudaLists, MatchTheColumns) {
         EXPECT_EQ(entry.in_half(half), used);
         for (int t = 0; t < kHalfTokens; ++t) {
           const int token = tile * kTileTokens + half * kHalfTokens + t;
-          const std::size_t column = (2 * tile + half) * host.capacity + i;
+          const std::size_t column = 2 * position + half * steps * kUnionStep + i;
           ASSERT_EQ(got_h[column * kHalfTokens + Columns::element_of(t)].bits,
                     used ? host.at(token, want[i]).bits : 0)
               << "tile " << tile << " position " << i << " token " << t;
@@ -183,7 +211,7 @@ TEST_P(CudaLists, MatchTheColumns) {
   }
   std::sort(items.begin(), items.end());
   EXPECT_EQ(items, want_items);
-  const auto got_order = order.download<std::int32_t>();
+  const auto got_order = buffers.order.download<std::int32_t>();
   std::vector<int> tiles(host.tiles);
   for (int i = 0; i < host.tiles; ++i) tiles[i] = i;
   std::stable_sort(tiles.begin(), tiles.end(),
@@ -209,26 +237,17 @@ TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
   for (int tile = 0; tile < host.tiles; ++tile) padded += padded_count(tile);
   for (const int positions : {2 * padded, padded + padded_count(0), padded / 2, 0}) {
     SCOPED_TRACE(std::to_string(positions) + " positions");
-    const DeviceBuffer masks(host.masks), columns(host.columns);
-    const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
-    const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
+    const UnionBuffers buffers(host);
+    const DeviceBuffer columns(host.columns);
     const DeviceBuffer h(2 * host.tiles * host.capacity * kHalfTokens * sizeof(bf16));
     const DeviceBuffer kept(2 * positions * kHalfTokens * sizeof(bf16));
-    const DeviceBuffer places(2 * host.tiles * 4), taken(4);
-    ForwardChunk chunk = {};
-    chunk.tokens = host.tokens;
-    chunk.tiles = host.tiles;
-    chunk.neurons = host.neurons;
-    chunk.blocks = host.blocks;
-    chunk.capacity = host.capacity;
-    chunk.masks = masks.as<std::uint32_t>();
+    const DeviceBuffer places(2 * host.tiles * 4), taken(4), active(8);
+    ForwardChunk chunk = buffers.chunk(host);
     chunk.columns = columns.as<std::uint32_t>();
-    chunk.unions = unions.as<UnionEntry>();
-    chunk.counts = counts.as<std::int32_t>();
-    chunk.order = order.as<std::int32_t>();
     chunk.h = h.as<std::uint32_t>();
     chunk.saved.g = kept.as<std::uint32_t>();
     chunk.saved.taken = taken.as<std::int32_t>();
+    chunk.saved.active = active.as<unsigned long long>();
     chunk.saved.positions = positions;
     for (const int pass : {0, 1}) {
       const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
@@ -239,12 +258,16 @@ TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
       ASSERT_TRUE(launch_spread(chunk, nullptr).ok());
       require_cuda(cudaDeviceSynchronize());
     }
-    for (const DeviceBuffer* buffer : {&places, &taken, &kept}) {
+    for (const DeviceBuffer* buffer : {&places, &taken, &active, &kept}) {
       EXPECT_TRUE(buffer->guard_intact());
     }
     const auto got_places = places.download<std::int32_t>();
     const auto got_kept = kept.download<bf16>();
     const auto got_h = h.download<bf16>();
+    const auto is_active = [](bf16 value) { return value.bits != 0; };
+    EXPECT_EQ(active.download<std::int64_t>()[0],
+              2 * std::count_if(host.g.begin(), host.g.end(), is_active));
+    const auto first_positions = buffers.first_positions.download<std::int32_t>();
     int next = 0;
     for (int i = 0; i < 2 * host.tiles; ++i) {
       const int tile = i % host.tiles;
@@ -252,7 +275,7 @@ TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
       ASSERT_EQ(got_places[i], next + count <= positions ? next : -1) << i;
       for (int half = 0; got_places[i] >= 0 && half < 2; ++half) {
         const std::size_t column = 2 * next + half * count;
-        const std::size_t source = (2 * tile + half) * host.capacity;
+        const std::size_t source = 2 * first_positions[tile] + half * count;
         for (int e = 0; e < count * kHalfTokens; ++e) {
           ASSERT_EQ(got_kept[column * kHalfTokens + e].bits, got_h[source * kHalfTokens + e].bits)
               << "tile " << i << " half " << half << " element " << e;
@@ -265,20 +288,10 @@ TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
 
 // Of a backward: tiles of which a half has no place come first.
 TEST_P(CudaLists, ScheduleWhatIsMadeAnewFirst) {
-  const DeviceBuffer masks(host.masks);
-  const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
-  const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
+  const UnionBuffers buffers(host);
   const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
   const DeviceBuffer half_places(std::vector<std::int32_t>{0, 0, 64, -1, -1, 64});
-  ForwardChunk chunk = {};
-  chunk.tiles = host.tiles;
-  chunk.neurons = host.neurons;
-  chunk.blocks = host.blocks;
-  chunk.capacity = host.capacity;
-  chunk.masks = masks.as<std::uint32_t>();
-  chunk.unions = unions.as<UnionEntry>();
-  chunk.counts = counts.as<std::int32_t>();
-  chunk.order = order.as<std::int32_t>();
+  ForwardChunk chunk = buffers.chunk(host);
   chunk.schedule = schedule.as<Schedule>();
   chunk.half_places = half_places.as<std::int32_t>();
   ASSERT_TRUE(launch_unions(chunk, nullptr).ok());
@@ -299,18 +312,8 @@ TEST_P(CudaLists, ScheduleWhatIsMadeAnewFirst) {
 // Whatever the number of multiprocessors, every piece once; and smaller ones than need be only if
 // there are too few for all.
 TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
-  const DeviceBuffer masks(host.masks);
-  const DeviceBuffer unions(host.tiles * host.capacity * sizeof(UnionEntry));
-  const DeviceBuffer counts(host.tiles * 4), order(host.tiles * 4);
-  ForwardChunk chunk = {};
-  chunk.tiles = host.tiles;
-  chunk.neurons = host.neurons;
-  chunk.blocks = host.blocks;
-  chunk.capacity = host.capacity;
-  chunk.masks = masks.as<std::uint32_t>();
-  chunk.unions = unions.as<UnionEntry>();
-  chunk.counts = counts.as<std::int32_t>();
-  chunk.order = order.as<std::int32_t>();
+  const UnionBuffers buffers(host);
+  ForwardChunk chunk = buffers.chunk(host);
   int all_steps = 0, fewest = 0;
   for (int tile = 0; tile < host.tiles; ++tile) {
     all_steps += padded_count(tile) / kUnionStep;
@@ -345,6 +348,59 @@ TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
     if (multiprocessors >= all_steps) {
       EXPECT_EQ(words[0], all_steps);
     }
+  }
+}
+
+// Each round takes the tiles for which there is room, down to that for one, until it has its share;
+// rounds left over take none.
+TEST_P(CudaLists, CutTheTilesIntoRounds) {
+  const UnionBuffers buffers(host);
+  int most = kUnionStep, all = 0;
+  for (int tile = 0; tile < host.tiles; ++tile) {
+    most = std::max(most, padded_count(tile));
+    all += padded_count(tile);
+  }
+  for (const int positions : {most, most + padded_count(0), host.tiles * host.capacity}) {
+    SCOPED_TRACE(std::to_string(positions) + " positions");
+    const int rounds = host.tiles + 1;
+    const int share = all > 0 ? ceil_div(all, ceil_div(all, positions)) : 0;
+    const std::size_t words = schedule_words() + 2;
+    const DeviceBuffer schedules(std::vector<std::int32_t>(rounds * words, 0));
+    ForwardChunk chunk = buffers.chunk(host);
+    chunk.positions = positions;
+    chunk.rounds = rounds;
+    chunk.schedule = schedules.as<Schedule>();
+    chunk.schedule_bytes = static_cast<int>(words * 4);
+    ASSERT_TRUE(launch_unions(chunk, nullptr).ok());
+    require_cuda(cudaDeviceSynchronize());
+    buffers.expect_guards_intact();
+    EXPECT_TRUE(schedules.guard_intact());
+
+    const auto got = schedules.download<std::int32_t>();
+    const auto first_positions = buffers.first_positions.download<std::int32_t>();
+    const auto order = buffers.order.download<std::int32_t>();
+    int tile = 0;
+    for (int round = 0; round < rounds; ++round) {
+      const std::int32_t* schedule = got.data() + round * words;
+      EXPECT_EQ(schedule[3], tile);
+      int items = 0, taken = 0;
+      std::set<int> tiles;
+      while (tile < host.tiles && taken <= share && taken + padded_count(tile) <= positions) {
+        EXPECT_EQ(first_positions[tile], taken);
+        tiles.insert(tile);
+        taken += padded_count(tile);
+        items += ceil_div(padded_count(tile), kUnionItem);
+        ++tile;
+      }
+      ASSERT_EQ(schedule[4], static_cast<int>(tiles.size()));
+      ASSERT_EQ(schedule[0], items);
+      EXPECT_EQ(schedule[2], 0);
+      for (int i = 0; i < items; ++i) {
+        EXPECT_TRUE(tiles.contains(schedule[kScheduleHeader / 4 + i] & 0xffff));
+      }
+      EXPECT_EQ(std::set<int>(&order[schedule[3]], &order[schedule[3]] + tiles.size()), tiles);
+    }
+    EXPECT_EQ(tile, host.tiles);
   }
 }
 

@@ -112,6 +112,15 @@ inline std::uint32_t __reduce_or_sync(std::uint32_t mask, std::uint32_t value) {
   });
   return value;
 }
+inline int __reduce_add_sync(std::uint32_t mask, int value) {
+  cuda_sim::require_full_mask(mask);
+  cuda_sim::collective("__reduce_add_sync", value, [](int* const* lanes) {
+    int sum = 0;
+    for (int lane = 0; lane < cuda_sim::kWarpLanes; ++lane) sum += *lanes[lane];
+    for (int lane = 0; lane < cuda_sim::kWarpLanes; ++lane) *lanes[lane] = sum;
+  });
+  return value;
+}
 inline std::uint32_t __ballot_sync(std::uint32_t mask, bool value) {
   return __reduce_or_sync(mask, value ? 1u << (threadIdx.x % 32) : 0);
 }

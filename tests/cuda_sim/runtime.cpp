@@ -25,7 +25,7 @@ cudaError_t cudaSetDevice(int) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = 9;  // Hopper, whose own kernels have stand-ins (sm90.cpp)
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       *value = 0;

@@ -1,44 +1,209 @@
-// Hopper's own kernels are not simulated.
+// Hopper's own kernels are not simulated. The products of all other GPUs stand in for its products
+// over unions, and plain loops for its gradients of the weights, so that all that lies between them
+// is tested: the rounds, the lists, and when a pass is dense.
 
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
+
+#include "cuda/sm80/products.h"
 #include "cuda/sm90/products.h"
+#include "twell/ffn.h"
 
 namespace twell::cuda::sm90 {
 namespace {
 
-Status refuse() { return {StatusCode::kUnsupported, "sm90: not simulated; permitted: a GPU"}; }
+constexpr int kStep = 64;  // tokens of a stage of the kernel
+
+// A gradient [neurons, hidden], what its coefficients go with, and which they are: dg, du, h.
+struct Matrix {
+  std::uint16_t* grad;
+  std::uint16_t* low;
+  const bf16* source;
+  int coefficient;
+  std::uint32_t nans;
+};
+
+std::vector<Matrix> matrices_of(const BackwardChunk& chunk, const WeightGradients& gradients,
+                                const void* x, const void* dy) {
+  const auto matrix = [&](void* grad, int low, const void* source, int coefficient,
+                          std::uint32_t nans) {
+    return Matrix{static_cast<std::uint16_t*>(grad), gradients.low[low],
+                  static_cast<const bf16*>(source), coefficient, nans};
+  };
+  const Matrix down = matrix(gradients.down, 2, dy, 2, TokenLists::kNanH);
+  if (!chunk.du) return {matrix(gradients.up, 1, x, 0, 0), down};
+  return {matrix(gradients.gate, 0, x, 0, 0), matrix(gradients.up, 1, x, 1, TokenLists::kNanDu),
+          down};
+}
+
+float value_of(std::uint32_t bits) { return to_float(bf16{static_cast<std::uint16_t>(bits)}); }
+
+// What a stage holds: coefficients by token and neuron, and the tokens; negative: zeros.
+struct Stage {
+  float coefficients[3][kStep][kRowNeurons] = {};
+  std::int64_t tokens[kStep];
+};
+
+// sums [64, hidden] += coefficientsᵀ source.
+void multiply(std::vector<float>& sums, const Stage& stage, const Matrix& matrix, int hidden) {
+  for (int t = 0; t < kStep; ++t) {
+    if (stage.tokens[t] < 0) continue;
+    const bf16* source = matrix.source + stage.tokens[t] * hidden;
+    for (int n = 0; n < kRowNeurons; ++n) {
+      const float coefficient = stage.coefficients[matrix.coefficient][t][n];
+      for (int k = 0; k < hidden; ++k) sums[n * hidden + k] += coefficient * to_float(source[k]);
+    }
+  }
+}
+
+// From a pass's sums of a block.
+template <class Make>
+void for_each_element(const TokenLists& lists, int block, int hidden, Make&& make) {
+  for (int n = 0; n < kRowNeurons; ++n) {
+    const int neuron = lists.neurons[block * kRowNeurons + n];
+    for (int k = 0; neuron >= 0 && k < hidden; ++k) {
+      make(n * hidden + k, static_cast<std::int64_t>(neuron) * hidden + k, neuron);
+    }
+  }
+}
+
+float kept(const Matrix& matrix, std::int64_t at) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(matrix.grad[at]) << 16 | matrix.low[at];
+  return __builtin_bit_cast(float, bits);
+}
+
+Stage stage_of(const TokenLists& lists, const ListRow* rows) {
+  constexpr int kWarpRows = 16;  // whose entries lie side by side
+  Stage stage;
+  for (int t = 0; t < kStep; ++t) {
+    const std::uint32_t token = rows[t].token;
+    stage.tokens[t] = token == ListRow::kNoToken ? -1 : std::int64_t{token};
+  }
+  for (int first = 0; first < kStep; first += kWarpRows) {
+    const int end = rows[first + kWarpRows - 1].end();
+    if (end > lists.entry_capacity) std::abort();
+    for (int i = rows[first].first(); i < end; ++i) {
+      const ListEntry entry = lists.entries[i];
+      const auto row = static_cast<int>(entry.row());
+      if (row < first || row >= first + kWarpRows) std::abort();
+      stage.coefficients[0][row][entry.neuron()] = value_of(entry.place_dg >> 16);
+      stage.coefficients[1][row][entry.neuron()] = value_of(entry.du_h & 0xffffu);
+      stage.coefficients[2][row][entry.neuron()] = value_of(entry.du_h >> 16);
+    }
+  }
+  return stage;
+}
+
+Stage stage_of(const BackwardChunk& chunk, const TokenLists& lists, int block, int half_tile) {
+  const std::uint32_t* const columns[3] = {chunk.dg, chunk.du, chunk.h};
+  const std::int32_t* positions =
+      lists.positions + (half_tile / 2 * lists.blocks + block) * kRowNeurons;
+  Stage stage;
+  for (int t = 0; t < kHalfTokens; ++t) {
+    const int token = half_tile * kHalfTokens + t;
+    stage.tokens[t] = token < chunk.forward.tokens ? token : -1;
+    for (int n = 0; n < kRowNeurons; ++n) {
+      if (positions[n] < 0) continue;
+      const std::int64_t column = chunk.forward.column(half_tile / 2, half_tile % 2) + positions[n];
+      for (int c = 0; c < 3; ++c) {
+        if (!columns[c]) continue;
+        const std::uint32_t word = columns[c][column * kColumnWords + t / 16 * 8 + t % 8];
+        stage.coefficients[c][t][n] = value_of(t % 16 < 8 ? word & 0xffffu : word >> 16);
+      }
+    }
+  }
+  return stage;
+}
 
 }  // namespace
 
-Status launch_gate(const ForwardChunk&, const Tokens&, const void*, int, cudaStream_t) {
-  return refuse();
+Status launch_gate(const ForwardChunk& chunk, const Tokens& x, const void* gate,
+                   int multiprocessors, cudaStream_t stream) {
+  return sm80::launch_gate(chunk, x, gate, multiprocessors, stream);
 }
 
-Status launch_up(const ForwardChunk&, const Tokens&, const void*, int, cudaStream_t) {
-  return refuse();
+Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,
+                 cudaStream_t stream) {
+  Status status = sm80::launch_up(chunk, x, up, multiprocessors, stream);
+  if (!status.ok() || !chunk.saved.active) return status;
+  for (int tile = 0; tile < chunk.tiles; ++tile) {
+    for (int i = 0; i < chunk.counts[tile]; ++i) {
+      const UnionEntry entry = chunk.unions[static_cast<std::int64_t>(tile) * chunk.capacity + i];
+      for (const int half : {0, 1}) {
+        if (!entry.in_half(half)) continue;
+        const std::int64_t region = (2 * tile + half) * std::int64_t{chunk.blocks} * kBlockNeurons;
+        const std::uint32_t* column = chunk.columns + (region + entry.source(half)) * kColumnWords;
+        for (int w = 0; w < kColumnWords; ++w) {
+          *chunk.saved.active += ((column[w] & 0x7fffu) != 0) + (column[w] >> 16 != 0);
+        }
+      }
+    }
+  }
+  return status;
 }
 
-Status launch_down(const ForwardChunk&, const void*, void*, int, cudaStream_t) { return refuse(); }
-
-Status launch_remake(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) {
-  return refuse();
+Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
+                   cudaStream_t stream) {
+  return sm80::launch_down(chunk, down, y, multiprocessors, stream);
 }
 
-Status launch_coefficients(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) {
-  return refuse();
+// The stand-in for the coefficients makes g and u anew itself.
+Status launch_remake(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) { return {}; }
+
+Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+                           int multiprocessors, cudaStream_t stream) {
+  return sm80::launch_coefficients(chunk, weights, multiprocessors, stream);
 }
 
-Status launch_input_gradient(const BackwardChunk&, const FfnWeights&, void*, int, cudaStream_t) {
-  return refuse();
+Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
+                             int multiprocessors, cudaStream_t stream) {
+  return sm80::launch_input_gradient(chunk, weights, dx, multiprocessors, stream);
 }
 
-Status launch_dense_gradients(const BackwardChunk&, const TokenLists&, const WeightGradients&, int,
-                              cudaStream_t) {
-  return refuse();
+Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& lists,
+                              const WeightGradients& gradients, int, cudaStream_t) {
+  const Schedule& round = *chunk.forward.schedule;
+  if (!lists.dense() || round.tiles == 0) return {};
+  const int hidden = chunk.forward.hidden;
+  for (const Matrix& matrix : matrices_of(chunk, gradients, chunk.x, chunk.dy)) {
+    for (int block = 0; matrix.grad && block < lists.blocks; ++block) {
+      std::vector<float> sums(kRowNeurons * hidden);
+      for (int half = 2 * round.first_tile; half < 2 * (round.first_tile + round.tiles); ++half) {
+        const ListPart& part = lists.parts[block * 2 * chunk.forward.tiles + half];
+        if ((part.tokens.words[0] | part.tokens.words[1]) == 0) continue;
+        multiply(sums, stage_of(chunk, lists, block, half), matrix, hidden);
+      }
+      for_each_element(lists, block, hidden, [&](int i, std::int64_t at, int) {
+        const float sum = chunk.first ? sums[i] : sums[i] + kept(matrix, at);
+        const auto bits = __builtin_bit_cast(std::uint32_t, sum);
+        matrix.grad[at] = static_cast<std::uint16_t>(bits >> 16);
+        matrix.low[at] = static_cast<std::uint16_t>(bits);
+      });
+    }
+  }
+  return {};
 }
 
-Status launch_list_gradients(const BackwardChunk&, const TokenLists&, const void*, const void*,
-                             const WeightGradients&, int, cudaStream_t) {
-  return refuse();
+Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists, const void* x,
+                             const void* dy, const WeightGradients& gradients, int, cudaStream_t) {
+  const int hidden = chunk.forward.hidden;
+  for (const Matrix& matrix : matrices_of(chunk, gradients, x, dy)) {
+    for (int rank = 0; matrix.grad && rank < lists.blocks; ++rank) {
+      const int block = lists.order[rank];
+      const ListRow* rows = lists.rows + static_cast<std::int64_t>(block) * lists.capacity;
+      std::vector<float> sums(kRowNeurons * hidden);
+      for (int row = 0; row < lists.counts[block]; row += kStep) {
+        multiply(sums, stage_of(lists, rows + row), matrix, hidden);
+      }
+      for_each_element(lists, block, hidden, [&](int i, std::int64_t at, int neuron) {
+        float sum = lists.dense() ? sums[i] + kept(matrix, at) : sums[i];
+        if (lists.silent_nans[neuron] & matrix.nans) sum = __builtin_nanf("");
+        matrix.grad[at] = to_bf16(sum).bits;
+      });
+    }
+  }
+  return {};
 }
 
 }  // namespace twell::cuda::sm90

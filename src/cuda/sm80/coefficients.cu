@@ -79,8 +79,7 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
 
   Words g, u;
   if (const int place = forward.kept_place(tile); place >= 0) {
-    const std::int64_t column =
-        SavedColumns::column(place, half, forward.counts[tile]) + first + mine;
+    const std::int64_t column = first_column(place, half, forward.counts[tile]) + first + mine;
     load_words(g, chunk.saved_g + column * kColumnWords + row);
     if constexpr (kGated) load_words(u, chunk.saved_u + column * kColumnWords + row);
   } else {
@@ -93,8 +92,7 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
   }
   product(chunk.dy, weights.down);
 
-  const std::size_t place =
-      (static_cast<std::size_t>(2 * tile + half) * forward.capacity + first) * kColumnWords + row;
+  const std::int64_t place = (forward.column(tile, half) + first) * kColumnWords + row;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
@@ -107,7 +105,7 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
         const auto own = Coefficients::make<kGated>(
             entry.in_half(half) ? g[i][j][parity] : 0, kGated ? u[i][j][parity] : 0,
             sums[i][j][parity], sums[i][j][2 + parity], grad_l1);
-        const std::size_t at = place + position * kColumnWords + 8 * i;
+        const std::int64_t at = place + position * kColumnWords + 8 * i;
         const bool in_use = entry.in_use();  // padding is no 0 · inf
         chunk.dg[at] = in_use ? own.dg : 0;
         if constexpr (kGated) chunk.du[at] = in_use ? own.du : 0;

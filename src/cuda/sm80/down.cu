@@ -1,4 +1,4 @@
-// Products over the unions of a chunk, for 128 tokens and 128 outputs at a time: y = h D, and the
+// Products over the unions of a round, for 128 tokens and 128 outputs at a time: y = h D, and the
 // gated block's dx = dg G + du U, two such sums in one. The rows of the weights are gathered; both
 // operands lie with the summed dimension outside and are transposed on the way from shared memory
 // to the tensor cores.
@@ -35,15 +35,14 @@ struct HiddenRows {
   const __nv_bfloat16* matrices[kPairs];  // of the tile
   const __nv_bfloat16* matrix;            // any of them
   int padded;
-  int capacity;
 
   __device__ HiddenRows(const ForwardChunk& chunk, const Operands<kPairs>& operands, int tile,
                         int positions)
-      : padded(positions), capacity(chunk.capacity) {
+      : padded(positions) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
-      matrices[p] = reinterpret_cast<const __nv_bfloat16*>(
-          operands.h[p] + static_cast<std::size_t>(2 * tile) * capacity * kColumnWords);
+      matrices[p] = reinterpret_cast<const __nv_bfloat16*>(operands.h[p] +
+                                                           chunk.column(tile, 0) * kColumnWords);
     }
     matrix = matrices[0];
   }
@@ -53,8 +52,7 @@ struct HiddenRows {
   }
   __device__ const __nv_bfloat16* address(Row row, int piece) const {
     constexpr int kPieces = kHalfTokens / 8;
-    const std::size_t column = static_cast<std::size_t>(piece / kPieces) * capacity +
-                               static_cast<std::size_t>(row.position);
+    const auto column = static_cast<std::size_t>(piece / kPieces * padded + row.position);
     return (row.pair == 0 ? matrices[0] : matrices[kPairs - 1]) + column * kHalfTokens +
            piece % kPieces * 8;
   }
@@ -100,7 +98,10 @@ template <int kPairs>
 __global__ void __launch_bounds__(kThreads, kResident)
     down_kernel(const ForwardChunk chunk, const Operands<kPairs> operands,
                 __nv_bfloat16* __restrict__ y, int strips) {
-  const int tile = chunk.order[blockIdx.x / strips];
+  const Schedule& round = *chunk.schedule;
+  const int rank = static_cast<int>(blockIdx.x) / strips;
+  if (rank >= round.tiles) return;
+  const int tile = chunk.order[round.first_tile + rank];
   const int first = blockIdx.x % strips * kColumns;  // output
   const int padded = ceil_div(chunk.counts[tile], kUnionStep) * kUnionStep;
   const HiddenRows<kPairs> hidden_rows(chunk, operands, tile, padded);

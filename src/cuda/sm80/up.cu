@@ -33,10 +33,10 @@ __device__ __forceinline__ void make_h(const ForwardChunk& chunk, const __nv_bfl
   const std::size_t half_tile = 2 * tile + half;
   const std::uint32_t* columns =
       chunk.columns + half_tile * chunk.blocks * kBlockNeurons * kColumnWords + row;
-  std::uint32_t* h = chunk.h + (half_tile * chunk.capacity + first) * kColumnWords + row;
+  std::uint32_t* h = chunk.h + (chunk.column(tile, half) + first) * kColumnWords + row;
   const int place = chunk.place(tile);
   const std::int64_t saved =
-      (SavedColumns::column(place, half, chunk.counts[tile]) + first) * kColumnWords + row;
+      (first_column(place, half, chunk.counts[tile]) + first) * kColumnWords + row;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll

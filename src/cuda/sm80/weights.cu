@@ -17,16 +17,14 @@ struct Sum {
   WeightGradient gradients[kMatrices];
   int hidden;
   int neurons;
-  bool first;  // chunk of the pass
-  bool last;
+  bool first;  // round of the pass
 
   Sum(const BackwardChunk& chunk, const void* rows, const std::uint32_t* own)
       : source(static_cast<const __nv_bfloat16*>(rows)),
         coefficients(reinterpret_cast<const __nv_bfloat16*>(own)),
         hidden(chunk.forward.hidden),
         neurons(chunk.forward.neurons),
-        first(chunk.first),
-        last(chunk.last) {}
+        first(chunk.first) {}
 };
 
 // The listed rows of the source; columns from the strip's first on.
@@ -76,12 +74,15 @@ __device__ __forceinline__ int block_of_rank(const NeuronRows& rows, int rank) {
 
 template <int kMatrices>
 __global__ void __launch_bounds__(kThreads, kResident)
-    weights_kernel(const NeuronRows rows, const Sum<kMatrices> sum, int strips) {
+    weights_kernel(const BackwardChunk chunk, const NeuronRows rows, const Sum<kMatrices> sum,
+                   int strips) {
   constexpr int kWidth = kMatrices * kRowNeurons;
+  if (chunk.forward.schedule->tiles == 0) return;
+  const bool last = chunk.in_last_round();
   const int block = block_of_rank(rows, blockIdx.x / strips);
   const int strip = blockIdx.x % strips * kColumns;  // its first hidden column
   const int count = rows.counts[block];
-  if (count == 0 && !sum.first && !sum.last) return;  // nothing to add
+  if (count == 0 && !sum.first && !last) return;  // nothing to add
   const std::size_t list = static_cast<std::size_t>(block) * rows.capacity;
   const TokenRows token_rows = {sum.source + strip, rows.tokens + list, count, sum.hidden - strip,
                                 sum.hidden};
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
           const std::size_t at = static_cast<std::size_t>(neuron) * sum.hidden + column;
           float value = sums[i][j][2 * s + parity];
           if (!sum.first) value += gradient.totals[at];
-          if (sum.last) {
+          if (last) {
             grad[at] = __float2bfloat16_rn(value);
           } else {
             gradient.totals[at] = value;
@@ -130,10 +131,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 template <int kMatrices>
-Status launch_sum(const NeuronRows& rows, const Sum<kMatrices>& sum, cudaStream_t stream) {
+Status launch_sum(const BackwardChunk& chunk, const NeuronRows& rows, const Sum<kMatrices>& sum,
+                  cudaStream_t stream) {
   const int strips = ceil_div(sum.hidden, kColumns);
   return launch(weights_kernel<kMatrices>, rows.blocks * strips, kThreads, kSharedBytes, stream,
-                rows, sum, strips);
+                chunk, rows, sum, strips);
 }
 
 }  // namespace
@@ -143,18 +145,18 @@ Status launch_projection_gradients(const BackwardChunk& chunk, const NeuronRows&
   if (!chunk.du) {
     Sum<1> sum(chunk, chunk.x, rows.projections);
     sum.gradients[0] = gradients[0];
-    return launch_sum(rows, sum, stream);
+    return launch_sum(chunk, rows, sum, stream);
   }
   Sum<2> sum(chunk, chunk.x, rows.projections);
   for (const int m : {0, 1}) sum.gradients[m] = gradients[m];
-  return launch_sum(rows, sum, stream);
+  return launch_sum(chunk, rows, sum, stream);
 }
 
 Status launch_down_gradient(const BackwardChunk& chunk, const NeuronRows& rows,
                             const WeightGradient& gradient, cudaStream_t stream) {
   Sum<1> sum(chunk, chunk.dy, rows.hidden);
   sum.gradients[0] = gradient;
-  return launch_sum(rows, sum, stream);
+  return launch_sum(chunk, rows, sum, stream);
 }
 
 }  // namespace twell::cuda::sm80

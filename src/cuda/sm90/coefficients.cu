@@ -1,4 +1,4 @@
-// The coefficients over the unions of a chunk on Hopper: dh = dy Dᵀ, then dg, du and h from g and
+// The coefficients over the unions of a round on Hopper: dh = dy Dᵀ, then dg, du and h from g and
 // u, which the forward has kept, or which lie where h and du will (remake.cu). Their columns go
 // through the ring of stages too, after the item's products, so that they arrive while those run
 // and take no registers.
@@ -24,8 +24,8 @@ struct CoefficientsEpilogue {
   class Consumer;
 
   BackwardChunk chunk;
-  CUtensorMap kept[kFactors];  // [2 positions, 64]
-  CUtensorMap anew[kFactors];  // [2 tiles, capacity, 64]
+  CUtensorMap kept[kFactors];  // [2 saved positions, 64]
+  CUtensorMap anew[kFactors];  // [2 positions, 64]
 
   __device__ static int count(const Schedule& schedule) { return schedule.item_count; }
 
@@ -36,6 +36,7 @@ struct CoefficientsEpilogue {
     const int place = forward.kept_place(item.tile);
     const int count = forward.counts[item.tile];
     const CUtensorMap* columns = place >= 0 ? kept : anew;
+    const int first = place >= 0 ? place : forward.first_positions[item.tile];
 #pragma unroll 1
     for (int step = 0; step <= item.steps; ++step, ring.advance()) {
       const int stage = ring.stage;
@@ -43,10 +44,8 @@ struct CoefficientsEpilogue {
       if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(&shared.full[stage], kFactors * Gather::kConsumers * kBox * 2);
         for (int half = 0; half < Gather::kConsumers; ++half) {
-          const int of_half = place >= 0
-                                  ? static_cast<int>(SavedColumns::column(place, half, count))
-                                  : (2 * item.tile + half) * forward.capacity;
-          const int column = of_half + item.first_position() + step * kUnionStep;
+          const int column = static_cast<int>(first_column(first, half, count)) +
+                             item.first_position() + step * kUnionStep;
           for (int factor = 0; factor < kFactors; ++factor) {
             ptx::tma_load(box(shared, stage, factor, half), &columns[factor], &shared.full[stage],
                           0, column);
@@ -78,11 +77,13 @@ class CoefficientsEpilogue<kGated>::Consumer {
 
   struct Held {
     int count;  // of the union
+    std::int64_t column;
   };
 
   template <int kN>
   __device__ __forceinline__ Held before(UnionItem item) const {
-    return {chunk_.forward.counts[item.tile]};
+    return {chunk_.forward.counts[item.tile],
+            chunk_.forward.column(item.tile, half_) + item.first_position()};
   }
 
   template <int kN>
@@ -99,8 +100,7 @@ class CoefficientsEpilogue<kGated>::Consumer {
       offsets[parity] = column * kColumnWords + ((word / 4) ^ column) * 4 + word % 4;
     }
     const int first = item.first_position() + 2 * quad;  // this thread's first position
-    const std::size_t half_tile = 2 * item.tile + half_;
-    const std::size_t at = (half_tile * chunk_.forward.capacity + first) * kColumnWords + word;
+    const std::int64_t at = (held.column + 2 * quad) * kColumnWords + word;
     std::uint32_t* dg = chunk_.dg + at;
     std::uint32_t* du = kGated ? chunk_.du + at : nullptr;
     std::uint32_t* h = chunk_.h + at;
@@ -166,7 +166,7 @@ Status launch_for(const BackwardChunk& chunk, const void* down, int multiprocess
   const std::uint32_t* const kept[] = {chunk.saved_g, chunk.saved_u};
   const std::uint32_t* const anew[] = {chunk.h, chunk.du};
   const std::int64_t kept_columns = std::int64_t{2} * chunk.saved_positions;
-  const std::int64_t columns = std::int64_t{2} * forward.tiles * forward.capacity;
+  const std::int64_t columns = std::int64_t{2} * forward.positions;
   const auto make_map = [](CUtensorMap& map, const std::uint32_t* data, std::int64_t rows) {
     return data ? make_tensor_map(map, data, rows, kHalfTokens, kUnionStep) : Status();
   };

@@ -1,4 +1,4 @@
-// Products over the unions of a chunk on Hopper, for 128 tokens and 256 outputs at a time: y = h D,
+// Products over the unions of a round on Hopper, for 128 tokens and 256 outputs at a time: y = h D,
 // and the gated block's dx = dg G + du U, two such sums in one. A producer warpgroup gathers the
 // rows of the weights; h arrives by TMA, tokens contiguous; two consumer warpgroups own a half tile
 // each.
@@ -52,7 +52,7 @@ struct Piece {
   int steps;   // of one pair
 
   __device__ Piece(const ForwardChunk& chunk, int item, int strips)
-      : tile(chunk.order[item / strips]),
+      : tile(chunk.order[chunk.schedule->first_tile + item / strips]),
         column(item % strips * Config::kOutputs),
         steps(ceil_div(chunk.counts[tile], kUnionStep)) {}
 };
@@ -94,7 +94,7 @@ struct Lookahead {
 // four rows only: an address's registers are busy until the load units have read them.
 template <int kPairs>
 __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
-                                        const Operands<kPairs>& operands, int strips) {
+                                        const Operands<kPairs>& operands, int items, int strips) {
   constexpr int kPieces = 8;                           // 16-byte pieces of 64 outputs
   constexpr int kRows = Config::kProducers / kPieces;  // rows at a time
   static_assert(kRows == 16);                          // Lookahead's order
@@ -107,11 +107,11 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
       ptx::shared_address(shared.down) + row * 128 + ((piece ^ (row % 8)) * 16);
   Ring<Config::kStages> ring;
 #pragma unroll 1
-  for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const Piece work(chunk, item, strips);
     const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(work.tile) * chunk.capacity;
     const int column = work.column + piece * 8;
-    const int h_row = 2 * work.tile * chunk.capacity;
+    const int h_row = static_cast<int>(chunk.column(work.tile, 0));
     Lookahead ahead = {};
     if (work.steps > 0) ahead.read(entries, 0, work.steps);
 #pragma unroll 1
@@ -143,7 +143,7 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
                 &shared.full[stage], sizeof(shared.h[0]) + (adjacent ? sizeof(shared.down[0]) : 0));
             for (int half = 0; half < Config::kConsumers; ++half) {
               ptx::tma_load(shared.h[stage][half], &pair.h, &shared.full[stage], 0,
-                            h_row + half * chunk.capacity + (first + step) * kUnionStep);
+                            h_row + (half * work.steps + first + step) * kUnionStep);
             }
             for (int group = 0; adjacent && group < kGroups; ++group) {
               ptx::tma_load(shared.down[stage] + group * kGroupElements, &pair.down,
@@ -171,14 +171,14 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
 
 template <int kPairs>
 __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk, __nv_bfloat16* y,
-                                        int strips, int consumer) {
+                                        int items, int strips, int consumer) {
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
   const int quad = lane % 4;
   float acc[Config::kOutputs / 2];
   Ring<Config::kStages> ring;
 #pragma unroll 1
-  for (int item = blockIdx.x; item < chunk.tiles * strips; item += gridDim.x) {
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const Piece piece(chunk, item, strips);
     multiply<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
         acc, ring, kPairs * piece.steps, shared.full,
@@ -215,9 +215,11 @@ template <int kPairs>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     down_kernel(const ForwardChunk chunk, const __grid_constant__ Operands<kPairs> operands,
                 __nv_bfloat16* __restrict__ y) {
+  const int strips = ceil_div(chunk.hidden, Config::kOutputs);
+  const int items = chunk.schedule->tiles * strips;
+  if (items == 0) return;
   extern __shared__ std::uint8_t raw[];
   Shared& shared = aligned_shared<Shared>(raw);
-  const int strips = ceil_div(chunk.hidden, Config::kOutputs);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], Config::kProducers + 1);
@@ -230,15 +232,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::register_decrease<Config::kProducerRegisters>();
-    produce(shared, chunk, operands, strips);
+    produce(shared, chunk, operands, items, strips);
   } else {
     ptx::register_increase<Config::kConsumerRegisters>();
-    consume<kPairs>(shared, chunk, y, strips, warpgroup - 1);
+    consume<kPairs>(shared, chunk, y, items, strips, warpgroup - 1);
   }
 }
 
 Status make_pair(Pair& pair, const ForwardChunk& chunk, const std::uint32_t* h, const void* down) {
-  const std::int64_t h_rows = std::int64_t{2} * chunk.tiles * chunk.capacity;
+  const std::int64_t h_rows = std::int64_t{2} * chunk.positions;
   pair.rows = static_cast<const __nv_bfloat16*>(down);
   Status status = make_tensor_map(pair.h, h, h_rows, kHalfTokens, kUnionStep);
   if (!status.ok()) return status;

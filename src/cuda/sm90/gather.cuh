@@ -80,7 +80,7 @@ struct GatherItem : UnionItem {
   int matrix;  // of the operands
 };
 
-// The items of a chunk's schedule that this CTA works on, one after the other.
+// The items of a round's schedule that this CTA works on, one after the other.
 template <class Epilogue>
 class Items {
  public:
@@ -232,6 +232,7 @@ template <class Epilogue>
 __device__ __forceinline__ void multiply_items(const ForwardChunk& chunk,
                                                const GatherOperands<Epilogue::kMatrices>& operands,
                                                const Epilogue& epilogue) {
+  if (Epilogue::count(*chunk.schedule) == 0) return;
   extern __shared__ std::uint8_t raw[];
   auto& shared = aligned_shared<GatherStages<typename Epilogue::Scratch>>(raw);
   if (threadIdx.x == 0) {

@@ -19,7 +19,7 @@ struct RemakeEpilogue {
 
   class Consumer;
 
-  std::uint32_t* columns[kMatrices];  // [2 tiles, capacity, 32]
+  std::uint32_t* columns[kMatrices];  // [2 positions, 32]
 
   __device__ static int count(const Schedule& schedule) { return schedule.anew; }
   __device__ void fill(Stages&, GatherRing&, const ForwardChunk&, UnionItem) const {}
@@ -49,22 +49,22 @@ class RemakeEpilogue<kGated>::Consumer {
     }
   }
 
-  struct Held {};
+  struct Held {
+    std::int64_t column;
+  };
 
   template <int kN>
-  __device__ __forceinline__ Held before(GatherItem) const {
-    return {};
+  __device__ __forceinline__ Held before(GatherItem item) const {
+    return {chunk_.column(item.tile, half_) + item.first_position()};
   }
 
   template <int kN>
-  __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held, GatherRing&,
+  __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held held, GatherRing&,
                                         GatherItem item) const {
     const int quad = threadIdx.x % 4;
     const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;  // of a column
-    const std::size_t half_tile = 2 * item.tile + half_;
-    const int first = item.first_position() + 2 * quad;  // this thread's first position
-    std::uint32_t* out = epilogue_.columns[item.matrix] +
-                         (half_tile * chunk_.capacity + first) * kColumnWords + word;
+    std::uint32_t* out =
+        epilogue_.columns[item.matrix] + (held.column + 2 * quad) * kColumnWords + word;
     const bool decides = item.matrix == 0;
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {

@@ -57,6 +57,7 @@ class UpEpilogue::Consumer {
   struct Held {
     std::uint32_t g[kN / 4];
     int count;  // of the union
+    int first;  // position of the tile in h
     int place;  // of the tile's saved columns
   };
 
@@ -73,6 +74,7 @@ class UpEpilogue::Consumer {
       held.g[2 * j + 1] = source.y == kAbsent ? 0 : columns[source.y * kColumnWords];
     }
     held.count = chunk_.counts[item.tile];
+    held.first = chunk_.first_positions[item.tile];
     held.place = chunk_.place(item.tile);
     return held;
   }
@@ -81,11 +83,13 @@ class UpEpilogue::Consumer {
   __device__ __forceinline__ void after(const float (&sums)[kN / 2], const Held<kN>& held,
                                         GatherRing&, UnionItem item) const {
     const int first = item.first_position() + 2 * quad();  // this thread's first position
-    std::uint32_t* h =
-        chunk_.h + (half_tile(item) * chunk_.capacity + first) * kColumnWords + word();
+    const auto column = [&](int place) {
+      return (first_column(place, half_, held.count) + first) * kColumnWords + word();
+    };
+    std::uint32_t* h = chunk_.h + column(held.first);
+    if (chunk_.saved.active) count_active(held.g);
     const bool saves = held.place >= 0;
-    const std::int64_t saved =
-        (SavedColumns::column(held.place, half_, held.count) + first) * kColumnWords + word();
+    const std::int64_t saved = column(held.place);
     std::uint32_t* saved_g = chunk_.saved.g + saved;
     std::uint32_t* saved_u = chunk_.saved.u + saved;
 #pragma unroll
@@ -107,6 +111,15 @@ class UpEpilogue::Consumer {
   }
 
  private:
+  // Those of tokens beyond the last one too, which a NaN in G can make.
+  template <int kWords>
+  __device__ __forceinline__ void count_active(const std::uint32_t (&g)[kWords]) const {
+    int active = 0;
+#pragma unroll
+    for (const std::uint32_t pair : g) active += ((pair & 0x7fffu) != 0) + (pair >> 16 != 0);
+    active = __reduce_add_sync(~0u, active);
+    if (threadIdx.x % 32 == 0) atomicAdd(chunk_.saved.active, active);
+  }
   __device__ __forceinline__ std::size_t half_tile(UnionItem item) const {
     return 2 * item.tile + half_;
   }

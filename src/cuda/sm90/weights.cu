@@ -47,11 +47,11 @@ struct alignas(1024) Shared {
 
 struct Gradient {
   __nv_bfloat16* rows;  // [neurons, hidden]; null: not wanted
-  std::uint16_t* low;   // the lower halves of the dense chunks' float32 sums
+  std::uint16_t* low;   // the lower halves of a dense pass's float32 sums
 };
 
 struct Call {
-  const __nv_bfloat16* sources[2];  // x, dy: of the pass for lists, of the chunk where it is dense
+  const __nv_bfloat16* sources[2];  // x, dy: of the pass for lists, of the chunk in a dense one
   Gradient gradients[3];
   int hidden;
   int strips;  // of kColumns
@@ -187,14 +187,14 @@ struct Lists {
 
   __device__ int block(int rank) const { return lists.order[rank]; }
   __device__ int steps(int block) const {  // a list is filled up to a multiple of kStep
-    return lists.counts[lists.parity * lists.blocks + block] / kStep;
+    return lists.counts[block] / kStep;
   }
   __device__ const ListRow* rows(int block) const {
     return lists.rows + static_cast<std::size_t>(block) * lists.capacity;
   }
   __device__ bool runs() const { return true; }
-  // Whether the gradients hold sums of dense chunks.
-  __device__ bool adds() const { return lists.state->dense_chunks > 0; }
+  // Of a dense pass the lists are empty, and the gradients hold the sums.
+  __device__ bool adds() const { return lists.dense(); }
 
   // Every other step of an item. A warp spreads the coefficients of 16 rows, which lie side by
   // side.
@@ -269,7 +269,7 @@ struct Lists {
   }
 };
 
-// The work over the columns of a dense chunk: a step is a half tile.
+// The work over the columns of a round of a dense pass: a step is a half tile.
 template <bool kGated>
 struct HalfTiles {
   static constexpr ptx::Major kMajor = ptx::Major::kInner;  // tokens contiguous
@@ -278,22 +278,26 @@ struct HalfTiles {
   BackwardChunk chunk;
   TokenLists lists;
 
-  __device__ int halves() const { return 2 * chunk.forward.tiles; }
-  __device__ const ListPart* parts(int block) const { return lists.parts + block * halves(); }
+  __device__ int begin() const { return 2 * chunk.forward.schedule->first_tile; }
+  __device__ int end() const { return begin() + 2 * chunk.forward.schedule->tiles; }
+  __device__ const ListPart* parts(int block) const {
+    return lists.parts + block * 2 * chunk.forward.tiles;
+  }
   __device__ static bool in_use(const ListPart& part) {
     return (part.tokens.words[0] | part.tokens.words[1]) != 0;
   }
   __device__ int block(int rank) const { return rank; }
   __device__ int steps(int block) const {  // all lanes of a warp call
     int sum = 0;
-    for (int first = 0; first < halves(); first += 32) {
+    const int end = this->end();
+    for (int first = begin(); first < end; first += 32) {
       const int half = first + static_cast<int>(threadIdx.x) % 32;
-      sum += __popc(__ballot_sync(~0u, half < halves() && in_use(parts(block)[half])));
+      sum += __popc(__ballot_sync(~0u, half < end && in_use(parts(block)[half])));
     }
     return sum;
   }
-  __device__ bool runs() const { return lists.state->dense != 0; }
-  __device__ bool adds() const { return lists.state->dense_chunks > 1; }
+  __device__ bool runs() const { return lists.dense() && chunk.forward.schedule->tiles > 0; }
+  __device__ bool adds() const { return !chunk.first; }
 
   __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
                                           int strip, int group, std::uint32_t first_turn) const {
@@ -303,26 +307,30 @@ struct HalfTiles {
     const std::uint32_t* const columns[3] = {chunk.dg, kGated ? chunk.du : chunk.h, chunk.h};
     constexpr int kNeurons = kRowNeurons * 8 / kProducers;  // of a thread
     const int first = thread / 8;
-    // Looks ahead to the next half tile in use, and where the neurons stand in its union.
+    // Looks ahead to the next half tile in use, where its columns are, and where the neurons stand
+    // in its union.
+    std::int64_t next_column = 0;
     int positions[kNeurons];
+    const int end = this->end();
     const auto seek = [&](int half) {
-      while (half < halves() && !in_use(parts(block)[half])) ++half;
-      if (half == halves()) return half;
+      while (half < end && !in_use(parts(block)[half])) ++half;
+      if (half == end) return half;
+      next_column = chunk.forward.column(half / 2, half % 2);
       const std::int32_t* all = positions_of(lists, half / 2, block) + first;
 #pragma unroll
       for (int i = 0; i < kNeurons; ++i) positions[i] = all[i * (kProducers / 8)];
       return half;
     };
     const Gather share_of_rows(call, strip);
-    int next = seek(0);
+    int next = seek(begin());
 #pragma unroll 1
-    for (std::uint32_t n = first_turn; next < halves(); ++n) {
+    for (std::uint32_t n = first_turn; next < end; ++n) {
       if (n % kGroups != static_cast<std::uint32_t>(group)) {
         next = seek(next + 1);
         continue;
       }
       const Turn turn(n);
-      const std::size_t column = static_cast<std::size_t>(next) * chunk.forward.capacity;
+      const std::int64_t column = next_column;
       const int token = next * kHalfTokens + token_of(Gather::held_row());
       const bool exists = Gather::held_row() < kStep && token < chunk.forward.tokens;
       int places[kNeurons];
@@ -335,7 +343,7 @@ struct HalfTiles {
 #pragma unroll
       for (int i = 0; i < kNeurons; ++i) {
         const int row = first + i * (kProducers / 8);
-        const std::size_t at = (column + max(places[i], 0)) * kColumnWords + piece * 4;
+        const std::int64_t at = (column + max(places[i], 0)) * kColumnWords + piece * 4;
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
           ptx::copy_async_16(ptx::shared_address(shared.coefficients[turn.stage][m]) + row * 128 +
@@ -413,6 +421,13 @@ __device__ __forceinline__ void store(const float (&acc)[kColumns / 2], const Ca
   }
 }
 
+// The silent_nans that a matrix's gradient has.
+template <bool kGated>
+__device__ __forceinline__ std::uint32_t nans_of(int matrix) {
+  if (matrix == Config<kGated>::kMatrices - 1) return TokenLists::kNanH;
+  return matrix == 1 ? TokenLists::kNanDu : 0;
+}
+
 template <bool kGated, class Work>
 __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work, const Call& call,
                                         int blocks, int matrix) {
@@ -441,6 +456,15 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
     const int column = item.strip * kColumns;
     if (adds) add_kept(acc, call, gradient, neurons, column + 2 * (lane % 4));
     if constexpr (Work::kLast) {
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const bool is_nan =
+            neurons[s] >= 0 && (work.lists.silent_nans[neurons[s]] & nans_of<kGated>(matrix)) != 0;
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; ++j) {
+          if (is_nan) acc[4 * j + 2 * s] = acc[4 * j + 2 * s + 1] = __int_as_float(0x7fffffff);
+        }
+      }
       store(acc, call, gradient, neurons, column);
     } else {
       keep(acc, call, gradient, neurons, column + 2 * (lane % 4));
