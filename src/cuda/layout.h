@@ -30,8 +30,8 @@ inline constexpr int kScheduleHeader = 20;  // bytes before the pieces of up wor
 // for kMinRoundTiles, with every neuron in their unions. (Of the traces' layers 4 to 46% are.)
 inline constexpr int kMaxBackwardTiles = 256;
 inline constexpr int kMaxRowTiles = 64;  // where tokens of lists have rows (NeuronRows)
-inline constexpr std::int64_t kArenaShare = 8;
-inline constexpr std::int64_t kMinRoundTiles = 16;
+inline constexpr std::int64_t kArenaShare = 4;
+inline constexpr std::int64_t kMinRoundTiles = 32;
 inline constexpr int kRowNeurons = 64;   // neurons that share a list of tokens
 inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
 // On Hopper: room for the coefficients of one in so many (token, neuron) pairs of a pass, and at

@@ -196,8 +196,10 @@ __device__ __forceinline__ void count_part(const BackwardChunk& chunk, const Tok
           part.tokens.words[s] |= tokens.words[s];
           part.coefficients += __popc(tokens.words[s]);
         }
-        const int its_neuron = __shfl_sync(~0u, neuron, from);
-        if (active.silent_nans != 0) atomicOr(&lists.silent_nans[its_neuron], active.silent_nans);
+        if (active.silent_nans != 0) {
+          const int its_neuron = lists.neurons[block * kRowNeurons + 32 * i + from];
+          atomicOr(&lists.silent_nans[its_neuron], active.silent_nans);
+        }
       }
     }
   }
@@ -393,7 +395,7 @@ Status launch_sort_neurons(const BackwardChunk& chunk, const TokenLists& lists,
 
 Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists, int multiprocessors,
                            cudaStream_t stream) {
-  const int ctas = kResident * multiprocessors;
+  const int ctas = 4 * kResident * multiprocessors;  // parts differ: who is done makes room
   if (Status s = launch(count_kernel, ctas, kThreads, 0, stream, chunk, lists); !s.ok()) return s;
   return launch(list_kernel, ctas, kThreads, 0, stream, chunk, lists);
 }
