@@ -183,6 +183,10 @@ def model_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def is_headline(row: dict) -> bool:
+    return row["mode"] != "eval" and (row["source"] == "checkpoint" or row["layers"] > 8)
+
+
 def model_line(report: dict) -> str:
     machine, file = report["machine"], report["path"].relative_to(ROOT)
     return (
@@ -244,6 +248,9 @@ def readme_block(all_reports: list[dict]) -> str:
     for gpu in gpu_training_reports():
         rows = [row for row in gpu["results"] if row["case"] in GPU_TRAINING_HEADLINE]
         parts += [gpu_training_table(rows), gpu_training_line(gpu)]
+    for report in model_reports():
+        rows = [row for row in report["results"] if is_headline(row)]
+        parts += [model_table(rows), model_line(report).replace("](../", "](")]
     parts.append("[All cases](docs/benchmarks.md), the slower ones too.")
     return f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
 

@@ -92,8 +92,8 @@ TEST(PlanCuda, TrainsInSmallChunksThatFillTheMultiprocessors) {
   PlanOptions options;
   options.path = FfnPath::kSparse;
   options.training = true;
-  // On 66 pairs of multiprocessors, 38 pairs of tiles by 22 blocks of neurons are 13 waves, and what
-  // is left of 128 tiles is 9: as many as all of them at once.
+  // On 66 pairs of multiprocessors, 38 pairs of tiles by 22 blocks of neurons are 13 waves, and
+  // what is left of 128 tiles is 9: as many as all of them at once.
   EXPECT_EQ(plan_ffn(problem(16384), hopper(), options)->chunk_tokens, 75 * 128);
   // 64 pairs of tiles by 12 blocks of neurons are 11.6 waves, and 60 are 10.9: 5 chunks of 120
   // tiles need 55, 4 of 128 and the rest 56.
