@@ -64,16 +64,23 @@ def main():
         subject, case = job
         device = free.get()
         values = {**subject, **case, "device": device, "seconds": arguments.seconds}
-        machine, result = bench_model(arguments.twell, values)
-        free.put(device)
+        try:
+            machine, result = bench_model(arguments.twell, values)
+        finally:
+            free.put(device)
         # Where the folders lie is no part of a figure.
-        return machine, {**result, "source": "checkpoint" if "checkpoint" in subject else "traces"}
+        source = "checkpoint" if "checkpoint" in subject else "traces"
+        return machine, {**result, "source": source, "device": device}
 
     results = []
     with ThreadPoolExecutor(len(arguments.device)) as pool:
-        for machine, result in pool.map(time_case, subjects):
-            results.append(result)
-            write_json(arguments.out, {"machine": machine, "results": results})
+        try:
+            for machine, result in pool.map(time_case, subjects):
+                results.append(result)
+                write_json(arguments.out, {"machine": machine, "results": results})
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     print(f"wrote {arguments.out}")
 
 

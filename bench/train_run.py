@@ -12,7 +12,7 @@ Steps, each left out once it is done, so that the same command goes on where an 
 
 Both runs make the same steps on the same batches and are evaluated on the same held-out tokens.
 With two devices they run at once, each on its own. Before --budget seconds are over a run saves
-itself and the script ends with status 3: call it again. FILE is written whenever the script ends,
+itself and the script ends with status 3: call it again. FILE is written whenever they stop,
 and says under "complete" whether both runs are done. Needs the package tokenizers, else only the
 standard library.
 """
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from gpu_machine import bench_model, flags, write_json
@@ -280,7 +280,11 @@ def main():
             pool.submit(run_leg, program, state / leg, common | own, device, deadline)
             for (leg, own), device in zip(LEGS.items(), devices, strict=False)
         ]
-        done = all([leg.result() for leg in legs])
+        try:
+            done = all([leg.result() for leg in as_completed(legs)])
+        except BaseException:  # one failed, or Ctrl-C: the other must not start
+            pool.shutdown(cancel_futures=True)
+            raise
     at_once = len(arguments.device) > 1
     answer = report(state, {**settings, "sparse": LEGS["sparse"], "data": data, "at_once": at_once})
     write_json(arguments.json, answer)

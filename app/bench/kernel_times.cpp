@@ -29,6 +29,7 @@ std::vector<KernelTime> kernel_times(const std::function<void()>& run) {
     ++kernel.calls;
     kernel.ms += static_cast<double>(event.durationNs()) * 1e-6;
   }
+  if (by_name.empty()) throw Error("PyTorch's profiler saw no kernels: it needs CUPTI");
   std::vector<KernelTime> times;
   for (auto& [name, kernel] : by_name) times.push_back(std::move(kernel));
   std::sort(times.begin(), times.end(),

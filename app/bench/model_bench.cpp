@@ -198,9 +198,6 @@ Json bench_model(Llama& model, const std::vector<Tensor>& batches,
                 "\": such a model has no sparse form to compare; permitted: \"relu\"");
   }
   const torch::Device device = model.device();
-  if (options.kernels && device.is_cpu()) {
-    throw Error("kernels are timed on a GPU only: use --device cuda");
-  }
   std::vector<Form> forms(options.forms.begin(), options.forms.end());
   const auto count = static_cast<std::int64_t>(forms.size());
   const Json active = activity(model, batches.front());

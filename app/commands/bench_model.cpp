@@ -183,6 +183,9 @@ void run_bench_model(const CLI::App& command, BenchModelFlags flags) {
 
   const torch::Device device = flags.run.start();
   keep_freed_memory();
+  if (flags.bench.kernels && device.is_cpu()) {
+    throw Error("--kernels needs --device cuda: the kernels of a GPU are listed");
+  }
   if (flags.bench.recompute && !trains(flags)) {
     throw Error("--checkpoint-activations goes with --mode train only");
   }

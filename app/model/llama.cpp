@@ -97,24 +97,36 @@ Tensor rotations(const Tensor& cos, const Tensor& sin) {
   return r;
 }
 
-// x [batch, length, heads, head_dim] times R [length, head_dim, head_dim], the same for all of the
-// batch. Small products beat elementwise kernels: they pass over memory once.
+// x [batch, length, heads, head_dim] times R of the same positions. Small products, one for each
+// position and sequence, beat elementwise kernels: they read x and write the result once.
 struct Rotate : torch::autograd::Function<Rotate> {
-  static Tensor turn(const Tensor& x, const Tensor& r) {
+  static constexpr int64_t kPiece = 2048;  // positions whose R exist at once
+
+  // `back`: times R transposed.
+  static Tensor turn(const Tensor& x, const Rotation& rotation, bool back) {
     Tensor y = torch::empty(x.sizes(), x.options());
-    for (int64_t i = 0; i < x.size(0); ++i) {
-      Tensor part = y[i];
-      torch::bmm_out(part, x[i], r);
+    for (int64_t first = 0; first < x.size(1); first += kPiece) {
+      const int64_t count = std::min(kPiece, x.size(1) - first);
+      const Tensor r = rotation.matrices.defined()
+                           ? rotation.matrices
+                           : rotations(rotation.cos.narrow(0, first, count),
+                                       rotation.sin.narrow(0, first, count));
+      for (int64_t i = 0; i < x.size(0); ++i) {
+        Tensor part = y[i].narrow(0, first, count);
+        torch::bmm_out(part, x[i].narrow(0, first, count), back ? r.transpose(1, 2) : r);
+      }
     }
     return y;
   }
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& r) {
-    ctx->save_for_backward({r});
-    return turn(x, r);
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                        const Rotation& rotation) {
+    ctx->save_for_backward({rotation.cos, rotation.sin, rotation.matrices});
+    return turn(x, rotation, false);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    return {turn(grads[0], ctx->get_saved_variables()[0].transpose(1, 2)), Tensor()};
+    const auto saved = ctx->get_saved_variables();
+    return {turn(grads[0], {saved[0], saved[1], saved[2]}, true), Tensor()};
   }
 };
 
@@ -286,7 +298,7 @@ void Llama::reserve(KvCache& cache, int64_t length) {
   }
 }
 
-Tensor Llama::attention(int layer, const Tensor& x, const Tensor& turns, KvCache* cache) {
+Tensor Llama::attention(int layer, const Tensor& x, const Rotation& rotation, KvCache* cache) {
   const int64_t batch = x.size(0), length = x.size(1), head_dim = config_.head_dim;
   const auto split = [&](const std::string& name, int64_t heads) {
     const std::string base = layer_name(layer, "self_attn." + name + "_proj.");
@@ -295,8 +307,8 @@ Tensor Llama::attention(int layer, const Tensor& x, const Tensor& turns, KvCache
   };
   // [batch, heads, length, head_dim], as views
   const int64_t kv_heads = config_.num_key_value_heads;
-  const Tensor q = Rotate::apply(split("q", config_.num_attention_heads), turns).transpose(1, 2);
-  Tensor k = Rotate::apply(split("k", kv_heads), turns).transpose(1, 2);
+  const Tensor q = Rotate::apply(split("q", config_.num_attention_heads), rotation).transpose(1, 2);
+  Tensor k = Rotate::apply(split("k", kv_heads), rotation).transpose(1, 2);
   Tensor v = split("v", kv_heads).transpose(1, 2);
   if (cache != nullptr) {
     const auto index = static_cast<size_t>(layer);
@@ -336,17 +348,17 @@ Tensor Llama::feed_forward(int layer, const Tensor& x, const ForwardOptions& opt
   return y;
 }
 
-Tensor Llama::block(int layer, Tensor x, const Tensor& turns, const ForwardOptions& options,
+Tensor Llama::block(int layer, Tensor x, const Rotation& rotation, const ForwardOptions& options,
                     std::optional<FfnPath> path) {
   const auto norm = [&](const std::string& name) {
     return rms_norm(x, parameters_.at(layer_name(layer, name)), config_.rms_norm_eps);
   };
-  x = add_attention_output(layer, x,
-                           attention(layer, norm("input_layernorm.weight"), turns, options.cache));
+  x = add_attention_output(
+      layer, x, attention(layer, norm("input_layernorm.weight"), rotation, options.cache));
   return x + feed_forward(layer, norm("post_attention_layernorm.weight"), options, path);
 }
 
-Tensor Llama::recomputed_block(int layer, const Tensor& x, const Tensor& turns,
+Tensor Llama::recomputed_block(int layer, const Tensor& x, const Rotation& rotation,
                                const ForwardOptions& options) {
   std::vector<Tensor> parameters;
   for (const auto& [name, value] : parameters_) {
@@ -355,14 +367,14 @@ Tensor Llama::recomputed_block(int layer, const Tensor& x, const Tensor& turns,
   }
   // What the chooser decides the first time holds for the second.
   const auto path = std::make_shared<std::optional<FfnPath>>();
-  const auto run = [this, layer, turns, mode = options.ffn, counts = options.counts,
+  const auto run = [this, layer, rotation, mode = options.ffn, counts = options.counts,
                     path](const Tensor& input) {
     std::vector<FfnOutput> ffns;
     ForwardOptions inner;
     inner.ffn = mode;
     inner.ffn_outputs = &ffns;
     inner.counts = counts;
-    torch::autograd::variable_list outputs = {block(layer, input, turns, inner, *path)};
+    torch::autograd::variable_list outputs = {block(layer, input, rotation, inner, *path)};
     if (!ffns.empty()) {
       *path = ffns[0].path;
       outputs.insert(outputs.end(), {ffns[0].l1, ffns[0].l0, ffns[0].activity});
@@ -395,11 +407,14 @@ Tensor Llama::forward(const Tensor& tokens, const ForwardOptions& options) {
     return in_slot ? table.index_select(0, options.cache->slot)
                    : table.narrow(0, position, tokens.size(1));
   };
-  const Tensor turns = rotations(rows(cos_), rows(sin_));
+  Rotation rotation{rows(cos_), rows(sin_), {}};
+  if (tokens.size(1) <= Rotate::kPiece) {
+    rotation.matrices = rotations(rotation.cos, rotation.sin);
+  }
   const bool again = options.recompute && torch::GradMode::is_enabled();
   Tensor x = torch::embedding(parameters_.at(kEmbedding), tokens).to(compute_);
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    x = again ? recomputed_block(layer, x, turns, options) : block(layer, x, turns, options);
+    x = again ? recomputed_block(layer, x, rotation, options) : block(layer, x, rotation, options);
   }
   if (options.cache != nullptr && !in_slot) options.cache->length = end;
   return rms_norm(x, parameters_.at(kFinalNorm), config_.rms_norm_eps);

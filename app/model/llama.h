@@ -45,6 +45,12 @@ struct ForwardOptions {
   std::function<void(int layer, const torch::Tensor& x, const FfnWeights& weights)> on_ffn;
 };
 
+// The rotary embedding of some positions.
+struct Rotation {
+  torch::Tensor cos, sin;  // [positions, head_dim / 2]
+  torch::Tensor matrices;  // [positions, head_dim, head_dim], of few positions; else undefined
+};
+
 // The weights are leaves named as in the checkpoint ("model.layers.0.mlp.gate_proj.weight"), with
 // one difference: down_proj is held neuron-major, [neurons, hidden]. Training holds them in
 // float32 and computes in bf16: forward casts, and autograd returns float32 gradients. Inference
@@ -90,18 +96,17 @@ class Llama {
   Llama(ModelConfig config, torch::ScalarType compute, torch::Device device);
   torch::Tensor weight(const std::string& name) const;  // in the compute dtype
   void reserve_positions(int64_t count);
-  // x [batch, length, hidden] → the heads' outputs side by side; `turns`: rotations of this call's
-  // positions.
-  torch::Tensor attention(int layer, const torch::Tensor& x, const torch::Tensor& turns,
+  // x [batch, length, hidden] → the heads' outputs side by side.
+  torch::Tensor attention(int layer, const torch::Tensor& x, const Rotation& rotation,
                           KvCache* cache);
   torch::Tensor add_attention_output(int layer, const torch::Tensor& x,
                                      const torch::Tensor& mixed) const;
   // `path`, if given, is what the FFN must run; otherwise the layer's chooser decides.
   torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options,
                              std::optional<FfnPath> path);
-  torch::Tensor block(int layer, torch::Tensor x, const torch::Tensor& turns,
+  torch::Tensor block(int layer, torch::Tensor x, const Rotation& rotation,
                       const ForwardOptions& options, std::optional<FfnPath> path = std::nullopt);
-  torch::Tensor recomputed_block(int layer, const torch::Tensor& x, const torch::Tensor& turns,
+  torch::Tensor recomputed_block(int layer, const torch::Tensor& x, const Rotation& rotation,
                                  const ForwardOptions& options);
 
   ModelConfig config_;

@@ -26,8 +26,9 @@ inline constexpr int kMaxChunkTiles = 1024;
 inline constexpr int kScheduleHeader = 20;  // bytes before the pieces of up work
 
 // Of the backward. A chunk's masks and unions are made at once; its columns of dg, du and h in
-// rounds, each of as many tiles as there is room for: for one in kArenaShare of the chunk's, but
-// for kMinRoundTiles, with every neuron in their unions. (Of the traces' layers 4 to 46% are.)
+// rounds, each of as many tiles as there is room for. With every neuron in their unions that is one
+// in kArenaShare of the chunk's tiles, and at least kMinRoundTiles; of the traces' layers 4 to 46%
+// of the neurons are.
 inline constexpr int kMaxBackwardTiles = 256;
 inline constexpr int kMaxRowTiles = 64;  // where tokens of lists have rows (NeuronRows)
 inline constexpr std::int64_t kArenaShare = 4;

@@ -59,6 +59,7 @@ constexpr double kDecodeTokenMs = 0.0003;  // per token, at the traces' 2048 x 5
 
 // The neurons in a tile's union, and the shares of (token, block of 64 neurons) pairs in use.
 struct Sparsity {
+  double active = 0;  // neurons of a token; 0 if unknown
   double in_union;
   double blocks;
   double sorted_blocks;
@@ -69,6 +70,7 @@ struct Sparsity {
         sorted_blocks(kUnknownSortedBlocks) {
     if (options.expected_union >= 0) in_union = std::min(options.expected_union, neurons);
     if (options.expected_active < 0) return;
+    active = options.expected_active;
     // If all neurons were equally active and independent. The less so, the smaller the union, and
     // the fewer blocks of neurons by activity are in use (the square root fits the traces).
     const double silent = 1 - std::min(options.expected_active / neurons, 1.0);
@@ -87,7 +89,7 @@ constexpr double kBackwardWeights = 2.6;
 constexpr double kBackwardChunkMs = 0.04;
 constexpr double kBackwardRoundMs = 0.06;
 constexpr double kBackwardLaunchMs = 0.05;
-constexpr double kEmptyLaunchMs = 0.0011;
+constexpr double kEmptyLaunchMs = 0.00125;
 constexpr double kRoundLaunches = 6;  // remake, coefficients, down, count, list, weights
 
 // What determines the layouts of a training plan, the forward's chunks being of so many tiles.
@@ -115,10 +117,13 @@ double predict_backward(const FfnProblem& problem, const Device& device, double 
   if (cuda::takes_token_lists(device)) {
     const double over_union = gated ? 3 : 2;  // dh and dx
     const double launches = chunks * static_cast<double>(layout.rounds) * kRoundLaunches;
+    const bool listed = sparsity.active * static_cast<double>(problem.tokens) <=
+                        static_cast<double>(layout.entries);
+    const double in_use = listed ? sparsity.sorted_blocks : 1;  // of (token, block) pairs
     return kBackwardLaunchMs + chunks * kBackwardChunkMs + rounds * kBackwardRoundMs +
            launches * kEmptyLaunchMs +
-           product * (over_union * in_union / kBackwardUnion +
-                      of_weights * sparsity.sorted_blocks / kBackwardWeights);
+           product *
+               (over_union * in_union / kBackwardUnion + of_weights * in_use / kBackwardWeights);
   }
   const double over_union = gated ? 5 : 3;  // g, u, dh and both of dx; plain: g, dh and dx
   const double kernels = chunks * 2 + rounds * (2 + 4 * static_cast<double>(layout.groups));

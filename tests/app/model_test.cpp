@@ -108,6 +108,29 @@ TEST(KvCache, EqualsTheFullForward) {
   }
 }
 
+// More positions than rotation matrices exist for at once.
+TEST(KvCache, ALongPromptMayComeInParts) {
+  Llama model = small_model();
+  const Tensor tokens = some_tokens(2, 4100);
+  Tensor& q = model.parameters().at("model.layers.0.self_attn.q_proj.weight");
+  q.requires_grad_(true);
+  const Tensor whole = model.forward(tokens);
+  // Later tokens change no earlier ones, so neither the gradients of these.
+  const auto gradient = [&](const Tensor& hidden) {
+    return torch::autograd::grad({hidden.narrow(1, 0, 2000).square().sum()}, {q})[0];
+  };
+  const Tensor want = gradient(model.forward(tokens.narrow(1, 0, 2000)));
+  EXPECT_LT(difference(gradient(whole), want), 1e-3 * want.abs().max().item<double>());
+  const torch::NoGradGuard no_grad;
+  KvCache cache(4100);
+  ForwardOptions options;
+  options.cache = &cache;
+  for (const auto& [at, count] : {std::pair(0, 2048), std::pair(2048, 2000), std::pair(4048, 52)}) {
+    const Tensor part = model.forward(tokens.narrow(1, at, count), options);
+    EXPECT_LT(difference(part, whole.narrow(1, at, count)), 1e-4) << "at " << at;
+  }
+}
+
 // Steps of fixed shape, whose position is a tensor, as a graph holds them.
 TEST(KvCache, StepsInASlotEqualTheFullForward) {
   const torch::NoGradGuard no_grad;

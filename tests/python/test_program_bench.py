@@ -44,6 +44,12 @@ def test_random_model_with_a_given_density(tmp_path, monkeypatch, mode):
     assert "dense / twell" in text and "tokens/s" in text
 
 
+def test_kernels_are_those_of_a_gpu():
+    command = ["bench", "model", "--density", 0.05, *SIZES, *SHAPE, "--kernels"]
+    done = twell(*command, check=False)
+    assert done.returncode != 0 and "--kernels needs --device cuda" in done.stderr
+
+
 def test_checkpoint_has_the_loss_that_eval_gives(tmp_path):
     text = write_text(tmp_path / "text", 1)
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json", text)

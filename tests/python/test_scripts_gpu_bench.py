@@ -140,6 +140,13 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
 
 
 @needs_program
+def test_a_case_that_fails_ends_the_script(tmp_path):
+    (tmp_path / "meta.json").write_text("{}")
+    answer = run("run_model.py", "--traces", tmp_path, "--device", "tpu", "tpu")
+    assert answer.returncode != 0 and "--device is 'tpu'" in answer.stderr
+
+
+@needs_program
 def test_the_docs_show_what_was_stored(tmp_path, finished):
     for name in ("figures.py", "run_figures.py", "drawing.py"):
         (tmp_path / "scripts").mkdir(exist_ok=True)
