@@ -9,6 +9,7 @@ With --check it writes nothing and fails if any of them is not what it would wri
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -187,6 +188,39 @@ def is_headline(row: dict) -> bool:
     return row["mode"] != "eval" and (row["source"] == "checkpoint" or row["layers"] > 8)
 
 
+KERNELS = {  # the first that a kernel's name matches
+    "feed-forward, twell": "twell::",
+    "attention": "cudnn|flash|fmha",
+    "rotary embedding": "64x32_64x16",
+    "other products": "nvjet|gemm",
+    "optimizer": "multi_tensor_apply",
+    "norms": "layer_norm|GammaBeta",
+    "softmax and its gradient": "SoftMax|exp_kernel",
+    "sums, conversions, elementwise": "",
+}
+
+
+def kernels_table(rows: list[dict]) -> str:
+    """Milliseconds of a step by kind of kernel."""
+    columns = []
+    for row in rows:
+        for form in ("dense", "twell"):
+            sums = dict.fromkeys(KERNELS, 0.0)
+            for kernel in row["kernels"][form]:
+                kind = next(
+                    kind for kind, name in KERNELS.items() if re.search(name, kernel["name"])
+                )
+                sums[kind] += kernel["ms"]
+            columns.append((f"{JOBS[row['mode']]}, {row['batch']}×{row['tokens']}, {form}", sums))
+    lines = [
+        "| ms | " + " | ".join(title for title, _ in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for kind in KERNELS:
+        lines.append(f"| {kind} | " + " | ".join(f"{sums[kind]:.1f}" for _, sums in columns) + " |")
+    return "\n".join(lines)
+
+
 def model_line(report: dict) -> str:
     machine, file = report["machine"], report["path"].relative_to(ROOT)
     return (
@@ -279,6 +313,15 @@ def benchmarks_page(all_reports: list[dict]) -> str:
         parts.append(
             f"\n## Whole models, {report['machine']['gpu']}\n\n{model_line(report)}\n\n"
             f"{model_table(report['results'])}\n"
+        )
+    for path in sorted(RESULTS.glob("*/model_kernels.json")):
+        report = load(path)
+        file = report["path"].relative_to(ROOT)
+        parts.append(
+            f"\n## Kernels of a model's step\n\n{report['results'][0]['layers']} layers with the"
+            f" traces' patterns, commit {report['machine']['commit']}, by `twell bench model"
+            f" --kernels`. A dense block's kernels are among the other products and the elementwise"
+            f" ones. Data: [{file}](../{file}).\n\n{kernels_table(report['results'])}\n"
         )
     return "".join(parts)
 

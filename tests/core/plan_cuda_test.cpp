@@ -110,6 +110,16 @@ TEST(PlanCuda, TrainsInSmallChunksThatFillTheMultiprocessors) {
   }
 }
 
+TEST(PlanCuda, KnowsThatListsOverflow) {
+  PlanOptions options;
+  options.training = true;
+  options.expected_active = 40;  // of 2^25 - 1 pairs in all
+  options.expected_union = 1100;
+  const double listed = plan_ffn(problem(838'000), hopper(), options)->predicted_sparse_ms;
+  const double dense = plan_ffn(problem(839'000), hopper(), options)->predicted_sparse_ms;
+  EXPECT_GT(dense, 1.1 * listed);
+}
+
 TEST(PlanCuda, PredictsForwardAndBackwardWhenTraining) {
   PlanOptions options;
   options.expected_active = 29;
