@@ -113,8 +113,8 @@ def section(report: dict, file: str) -> str:
             f" {settings['hidden']} wide, {settings['neurons']} neurons), {summary['steps']:,}"
             f" steps, {summary['tokens'] / 1e6:.0f} M tokens of Python sources"
             f" ({settings['data']['bytes'] / 1e6:.0f} MB of text), each run on one"
-            f" {machine['gpu']}: once dense without an L1 term, once with `--ffn auto` and steered to"
-            f" {settings['sparse']['target-active']} active neurons; the same tokens in the same"
+            f" {machine['gpu']}: once dense without an L1 term, once with `--ffn auto` and steered"
+            f" to {settings['sparse']['target-active']} active neurons; the same tokens in the same"
             f" order. The sparse run's loss is {100 * (both['loss_ratio'] - 1):+.1f}% of the dense"
             f" one's, in {both['time_ratio']:.2f} of its time; within 2% of the dense run's last"
             f" held-out loss: {when}.",
