@@ -161,7 +161,7 @@ class Backward {
     lists_.rows = at<ListRow>(layout_.list_rows);
     lists_.entries = at<ListEntry>(layout_.list_entries);
     gradients_ = {args_.grad_gate, args_.grad_up, args_.grad_down, {}};
-    for (const int i : {0, 1, 2}) gradients_.low[i] = at<std::uint16_t>(layout_.totals[i]);
+    for (const int i : {0, 1, 2}) gradients_.low[i] = at<std::uint8_t>(layout_.totals[i]);
   }
 
   Status zero_weights() {
@@ -192,7 +192,7 @@ class Backward {
   }
 
   void run_round(std::int64_t row) {
-    then(products_.coefficients(chunk_, args_.weights, multiprocessors_, stream_));
+    then(products_.coefficients(chunk_, lists_, args_.weights, multiprocessors_, stream_));
     if (args_.grad_x) {
       auto* dx = static_cast<std::uint16_t*>(args_.grad_x) + row;
       then(products_.input_gradient(chunk_, args_.weights, dx, multiprocessors_, stream_));

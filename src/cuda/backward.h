@@ -78,11 +78,13 @@ struct WeightGradient {
   float* totals;
 };
 
+struct TokenLists;
+
 // The products of a round over its unions, for one family of GPUs, as Products (forward.h).
 struct BackwardProducts {
-  // dg, du, h ← x, dy and the weights.
-  Status (*coefficients)(const BackwardChunk& chunk, const FfnWeights& weights, int multiprocessors,
-                         cudaStream_t stream);
+  // dg, du, h ← x, dy and the weights; and on Hopper what lists need of them: active, silent_nans.
+  Status (*coefficients)(const BackwardChunk& chunk, const TokenLists& lists,
+                         const FfnWeights& weights, int multiprocessors, cudaStream_t stream);
   // dx [chunk tokens, hidden], of the round's ← dg G + du U (plain: dg U).
   Status (*input_gradient)(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
                            int multiprocessors, cudaStream_t stream);

@@ -75,8 +75,8 @@ class Forward {
     if (problem_.tokens > 0) run_chunks();
     if (activity_) {
       then(launch_stats_total(activity_, chunk_.neurons, partial_l1_,
-                              ceil_div<std::int64_t>(problem_.tokens, kTileTokens), args_.stats.l0,
-                              static_cast<float*>(args_.stats.l1), stream_));
+                              ceil_div<std::int64_t>(problem_.tokens, kTileTokens) * kStatsParts,
+                              args_.stats.l0, static_cast<float*>(args_.stats.l1), stream_));
     }
     return status_;
   }
@@ -128,7 +128,8 @@ class Forward {
         static_cast<std::uint16_t*>(args_.y) + static_cast<std::size_t>(first) * chunk_.hidden;
     then(products_.down(chunk_, weights.down, y, multiprocessors_, stream_));
     if (activity_) {
-      then(launch_stats(chunk_, activity_, partial_l1_ + first / kTileTokens, stream_));
+      float* l1 = partial_l1_ + static_cast<std::ptrdiff_t>(first / kTileTokens * kStatsParts);
+      then(launch_stats(chunk_, activity_, l1, stream_));
     }
   }
 

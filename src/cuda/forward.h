@@ -154,12 +154,13 @@ Status launch_spread(const ForwardChunk& chunk, cudaStream_t stream);
 Status launch_words(const ForwardChunk& chunk, std::uint32_t* words, int slots,
                     std::int64_t* overflow, cudaStream_t stream);
 
-// activity [neurons] += active tokens; partial_l1 [tiles] ← Σ |h| of each tile.
+// activity [neurons] += active tokens; partial_l1 [tiles, kStatsParts] ← Σ |h| of parts of each
+// tile.
 Status launch_stats(const ForwardChunk& chunk, std::int32_t* activity, float* partial_l1,
                     cudaStream_t stream);
 
 // l0 ← Σ activity, l1 ← Σ partial_l1, in a fixed order; null where not wanted.
 Status launch_stats_total(const std::int32_t* activity, int neurons, const float* partial_l1,
-                          std::int64_t tiles, std::int64_t* l0, float* l1, cudaStream_t stream);
+                          std::int64_t parts, std::int64_t* l0, float* l1, cudaStream_t stream);
 
 }  // namespace twell::cuda

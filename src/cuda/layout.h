@@ -24,25 +24,26 @@ inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of th
 inline constexpr int kUnionItem = 256;  // union positions of the largest piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
 inline constexpr int kScheduleHeader = 20;  // bytes before the pieces of up work
+inline constexpr int kStatsParts = 8;       // of a tile, whose Σ |h| are summed apart
 
 // Of the backward. A chunk's masks and unions are made at once; its columns of dg, du and h in
-// rounds, each of as many tiles as there is room for. With every neuron in their unions that is one
-// in kArenaShare of the chunk's tiles, and at least kMinRoundTiles; of the traces' layers 4 to 46%
-// of the neurons are.
+// rounds, each of as many tiles as there is room for. With every neuron in their unions that is
+// kArenaShare of the chunk's tiles, and at least kMinRoundTiles; of the traces' layers 4 to 46% of
+// the neurons are.
 inline constexpr int kMaxBackwardTiles = 256;
 inline constexpr int kMaxRowTiles = 64;  // where tokens of lists have rows (NeuronRows)
-inline constexpr std::int64_t kArenaShare = 4;
+inline constexpr double kArenaShare = 0.26;
 inline constexpr std::int64_t kMinRoundTiles = 32;
 inline constexpr int kRowNeurons = 64;   // neurons that share a list of tokens
 inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
 // On Hopper: room for the coefficients of one in so many (token, neuron) pairs of a pass, and at
 // most for as many as a list's row can address.
-inline constexpr std::int64_t kEntryShare = 16;
+inline constexpr std::int64_t kEntryShare = 32;
 inline constexpr std::int64_t kMaxEntries = (std::int64_t{1} << 25) - 1;
 
 // Room for the columns of g and u that the forward keeps for the backward: as if this share of all
 // neurons were in the union of each tile. Tiles for which it is too little are computed anew.
-inline constexpr double kSavedShare = 0.25;
+inline constexpr double kSavedShare = 0.14;
 
 // Sizes of what token_lists.h declares.
 inline constexpr std::int64_t kListStateBytes = 12;
@@ -124,7 +125,7 @@ struct ForwardLayout {
     order = carve.take(tiles * 4);
     schedule = carve.take(kScheduleHeader + tiles * capacity / kUnionStep * 4);
     activity = carve.take(plan.problem.neurons * 4);
-    partial_l1 = carve.take(all_tiles * 4);
+    partial_l1 = carve.take(all_tiles * kStatsParts * 4);
     bytes = carve.bytes();
   }
 };
@@ -197,7 +198,7 @@ struct BackwardLayout {
   std::size_t list_state, list_shares, activity, silent_nans;
   std::size_t first_rows, first_entries, list_order, list_entries;
   std::size_t word_first, list_neurons, list_positions, active;
-  std::size_t totals[3];  // of the gradients of G, U, D; TokenLists: their lower halves
+  std::size_t totals[3];  // of the gradients of G, U, D; TokenLists: their lower bits
   std::size_t bytes = 0;
 
   explicit BackwardLayout(const FfnPlan& plan) {
@@ -210,7 +211,9 @@ struct BackwardLayout {
     tiles = chunks > 0 ? ceil_div(all_tiles, chunks) : 0;
     capacity = ceil_div<std::int64_t>(problem.neurons, kUnionStep) * kUnionStep;
     const std::int64_t fewest =  // of a round, and no more than of a forward's chunk
-        std::min({tiles, std::max(kMinRoundTiles, ceil_div(tiles, kArenaShare)),
+        std::min({tiles,
+                  std::max(kMinRoundTiles,
+                           static_cast<std::int64_t>(static_cast<double>(tiles) * kArenaShare)),
                   plan.chunk_tokens / kTileTokens});
     rounds = tiles > 0 ? ceil_div(tiles, fewest) : 0;
     positions = fewest * capacity;
@@ -239,7 +242,7 @@ struct BackwardLayout {
       blocks = all_blocks;
       rows = all_tiles * kTileTokens;
       entries = std::min(ceil_div(problem.tokens * problem.neurons, kEntryShare), kMaxEntries);
-      total_bytes = 2;
+      total_bytes = 1;
       list_zeros = carve.bytes();
       list_state = carve.take(kListStateBytes);
       list_shares = carve.take(blocks * kListShareBytes);

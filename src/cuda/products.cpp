@@ -10,11 +10,12 @@ namespace {
 // Hopper's own instructions exist on no other GPU, older or newer.
 bool is_hopper(const Device& device) { return device.compute_capability / 10 == 9; }
 
-Status launch_hopper_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
-                                  int multiprocessors, cudaStream_t stream) {
+Status launch_hopper_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
+                                  const FfnWeights& weights, int multiprocessors,
+                                  cudaStream_t stream) {
   Status status = sm90::launch_remake(chunk, weights, multiprocessors, stream);
   if (!status.ok()) return status;
-  return sm90::launch_coefficients(chunk, weights, multiprocessors, stream);
+  return sm90::launch_coefficients(chunk, lists, weights, multiprocessors, stream);
 }
 
 }  // namespace

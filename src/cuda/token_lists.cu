@@ -31,27 +31,23 @@ __device__ __forceinline__ int sum_before(int value) {
   return sum - value;
 }
 
-constexpr int kSortThreads = 128;
+constexpr int kSortThreads = 256;
+constexpr int kSortNeurons = 32;  // of a CTA
 
-// activity += active tokens of a round's columns, a warp for each column, a lane for each word.
+// activity += active tokens of a round's columns, a thread for each.
 __global__ void __launch_bounds__(kThreads)
-    activity_kernel(const BackwardChunk chunk, std::int32_t* activity) {
+    activity_kernel(const BackwardChunk chunk, const ActiveTokens* active, std::int32_t* activity) {
   const ForwardChunk& forward = chunk.forward;
-  const int lane = threadIdx.x % 32;
   const int half_tile = 2 * forward.schedule->first_tile + static_cast<int>(blockIdx.y);
   const int tile = half_tile / 2;
   if (static_cast<int>(blockIdx.y) >= 2 * forward.schedule->tiles) return;
   const UnionEntry* entries = forward.unions + static_cast<std::size_t>(tile) * forward.capacity;
   const std::int64_t first = forward.column(tile, half_tile % 2);
   const int count = forward.counts[tile];
-  const int stride = static_cast<int>(gridDim.x) * kWarps;
-#pragma unroll 4
-  for (int position = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
-       position < count; position += stride) {
-    const std::uint32_t dg = chunk.dg[(first + position) * kColumnWords + lane];
-    const int tokens = __popc(__ballot_sync(~0u, (dg & 0x7fffu) != 0)) +
-                       __popc(__ballot_sync(~0u, (dg & 0x7fff0000u) != 0));
-    if (lane == 0 && tokens > 0) atomicAdd(&activity[entries[position].row()], tokens);
+  for (int position = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+       position < count; position += static_cast<int>(gridDim.x) * kThreads) {
+    const int tokens = tokens_of(active[first + position]);
+    if (tokens > 0) atomicAdd(&activity[entries[position].row()], tokens);
   }
 }
 
@@ -62,13 +58,19 @@ __device__ __forceinline__ std::uint32_t sort_key(const std::int32_t* activity, 
          static_cast<std::uint32_t>(0xffff - neuron);
 }
 
+// Ranks by counting: a CTA takes kSortNeurons neurons, and each of its groups of as many threads
+// compares them with a share of all.
 __global__ void __launch_bounds__(kSortThreads)
     sort_kernel(const TokenLists lists, const std::int32_t* activity, int neurons) {
   constexpr int kKeys = 1024;  // compared with at a time
+  constexpr int kGroups = kSortThreads / kSortNeurons;
   alignas(16) __shared__ std::uint32_t keys[kKeys];
-  const int neuron = static_cast<int>(blockIdx.x) * kSortThreads + static_cast<int>(threadIdx.x);
+  __shared__ int ranks[kGroups][kSortNeurons];
+  const int place = static_cast<int>(threadIdx.x) % kSortNeurons;
+  const int group = static_cast<int>(threadIdx.x) / kSortNeurons;
+  const int neuron = static_cast<int>(blockIdx.x) * kSortNeurons + place;
   const std::uint32_t mine = neuron < neurons ? sort_key(activity, neuron) : 0;
-  int ranks[4] = {};
+  int rank = 0;
   for (int first = 0; first < neurons; first += kKeys) {
     __syncthreads();
 #pragma unroll
@@ -76,17 +78,19 @@ __global__ void __launch_bounds__(kSortThreads)
       keys[i] = first + i < neurons ? sort_key(activity, first + i) : 0;
     }
     __syncthreads();
+    const std::uint32_t* share = keys + group * (kKeys / kGroups);
 #pragma unroll 8
-    for (int i = 0; i < kKeys; i += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
-      ranks[0] += four.x > mine;
-      ranks[1] += four.y > mine;
-      ranks[2] += four.z > mine;
-      ranks[3] += four.w > mine;
+    for (int i = 0; i < kKeys / kGroups; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(share + i);
+      rank += (four.x > mine) + (four.y > mine) + (four.z > mine) + (four.w > mine);
     }
   }
+  ranks[group][place] = rank;
+  __syncthreads();
+  if (group != 0) return;
+  for (int other = 1; other < kGroups; ++other) rank += ranks[other][place];
   if (neuron < neurons) {
-    lists.neurons[ranks[0] + ranks[1] + ranks[2] + ranks[3]] = neuron;
+    lists.neurons[rank] = neuron;
   } else if (neuron < lists.blocks * kRowNeurons) {
     lists.neurons[neuron] = -1;
   }
@@ -127,89 +131,31 @@ __device__ __forceinline__ int union_position(const ForwardChunk& chunk, int til
   return before + __popc(used & ((1u << (neuron % 32)) - 1));
 }
 
-// Which tokens of a column have coefficients to be listed, and which only NaNs to be noted.
-struct Active {
-  bool low, high;
-  std::uint32_t silent_nans;
-
-  __device__ Active(std::uint32_t dg, std::uint32_t du, std::uint32_t h)
-      : low(is_active(dg & kMagnitude, du & kMagnitude, h & kMagnitude)),
-        high(is_active(dg >> 16 & kMagnitude, du >> 16 & kMagnitude, h >> 16 & kMagnitude)),
-        silent_nans(0) {
-    const std::uint32_t silent = (low ? 0 : kMagnitude) | (high ? 0 : kMagnitude << 16);
-    if ((du & silent) != 0) silent_nans |= TokenLists::kNanDu;
-    if ((h & silent) != 0) silent_nans |= TokenLists::kNanH;
-  }
-
- private:
-  static constexpr std::uint32_t kMagnitude = 0x7fff;
-
-  // Of a bf16 without its sign.
-  __device__ static bool is_number_but_zero(std::uint32_t value) { return value - 1 < 0x7f80u; }
-  __device__ static bool is_active(std::uint32_t dg, std::uint32_t du, std::uint32_t h) {
-    return dg != 0 || is_number_but_zero(du) || is_number_but_zero(h);
-  }
-};
-
 __device__ __forceinline__ void count_part(const BackwardChunk& chunk, const TokenLists& lists,
                                            int block, int half_tile) {
   const int lane = threadIdx.x % 32;
   const int tile = half_tile / 2;
   const std::int64_t first = chunk.forward.column(tile, half_tile % 2);
-  // Of tokens beyond the last one a NaN or an infinity in a weight can make coefficients.
-  const int token = half_tile * kHalfTokens + lane / 8 * 16 + lane % 8;
-  const std::uint32_t exist = (token < chunk.forward.tokens ? 0xffffu : 0) |
-                              (token + 8 < chunk.forward.tokens ? 0xffff0000u : 0);
   ListPart part = {};
-#pragma unroll 1
+#pragma unroll
   for (int i = 0; i < kRowNeurons / 32; ++i) {
     const int neuron = lists.neurons[block * kRowNeurons + 32 * i + lane];
     const int position = union_position(chunk.forward, tile, neuron);
     if (half_tile % 2 == 0) positions_of(lists, tile, block)[32 * i + lane] = position;
-    std::uint32_t used = __ballot_sync(~0u, position >= 0);
-    const auto column = [&](int from) { return first + __shfl_sync(~0u, position, from); };
-    while (used != 0) {
-      constexpr int kBatch = 6;  // columns whose loads are in flight together
-      std::uint32_t dg[kBatch], du[kBatch], h[kBatch];
-      std::uint32_t rest = used;
+    if (position < 0) continue;
+    const ActiveTokens tokens = lists.active[first + position];
+    part.coefficients += tokens_of(tokens);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const bool exists = rest != 0;
-        const std::int64_t at = column(exists ? __ffs(rest) - 1 : 0) * kColumnWords + lane;
-        rest &= rest - 1;
-        dg[b] = exists ? chunk.dg[at] & exist : 0;
-        du[b] = exists && chunk.du ? chunk.du[at] & exist : 0;
-        h[b] = exists ? chunk.h[at] & exist : 0;
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (used == 0) break;
-        const int from = __ffs(used) - 1;
-        used &= used - 1;
-        const Active active(dg[b], du[b], h[b]);
-        const ActiveTokens tokens = {
-            {__ballot_sync(~0u, active.low), __ballot_sync(~0u, active.high)}};
-        const std::int64_t at = column(from);
-        if (lane == 0) lists.active[at] = tokens;
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          part.tokens.words[s] |= tokens.words[s];
-          part.coefficients += __popc(tokens.words[s]);
-        }
-        if (active.silent_nans != 0) {
-          const int its_neuron = lists.neurons[block * kRowNeurons + 32 * i + from];
-          atomicOr(&lists.silent_nans[its_neuron], active.silent_nans);
-        }
-      }
-    }
+    for (int s = 0; s < 2; ++s) part.tokens.words[s] |= tokens.words[s];
   }
+  part.coefficients = __reduce_add_sync(~0u, part.coefficients);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     const int of_half = lane / 8 * 16 + lane % 8 + 8 * s;
     const bool forced = (chunk.nonfinite[2 * half_tile + of_half / 32] >> (of_half % 32)) & 1u;
-    const bool exists = token + 8 * s < chunk.forward.tokens;
-    const bool listed = (part.tokens.words[s] >> lane) & 1u;
-    part.tokens.words[s] = __ballot_sync(~0u, exists && (forced || listed));
+    const bool exists = half_tile * kHalfTokens + of_half < chunk.forward.tokens;
+    part.tokens.words[s] =
+        __reduce_or_sync(~0u, part.tokens.words[s]) | __ballot_sync(~0u, exists && forced);
   }
   if (lane != 0) return;
   lists.parts[block * 2 * chunk.forward.tiles + half_tile] = part;
@@ -385,19 +331,21 @@ __global__ void __launch_bounds__(kThreads) order_kernel(const TokenLists lists)
 
 Status launch_sort_neurons(const BackwardChunk& chunk, const TokenLists& lists,
                            std::int32_t* activity, cudaStream_t stream) {
-  constexpr int kColumnCtas = 8;  // of a half tile
+  constexpr int kColumnCtas = 4;  // of a half tile
   const dim3 columns(kColumnCtas, 2 * chunk.forward.tiles);
-  Status status = launch(activity_kernel, columns, kThreads, 0, stream, chunk, activity);
+  Status status =
+      launch(activity_kernel, columns, kThreads, 0, stream, chunk, lists.active, activity);
   if (!status.ok()) return status;
-  const int ctas = ceil_div(lists.blocks * kRowNeurons, kSortThreads);
+  const int ctas = ceil_div(lists.blocks * kRowNeurons, kSortNeurons);
   return launch(sort_kernel, ctas, kSortThreads, 0, stream, lists, activity, chunk.forward.neurons);
 }
 
 Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists, int multiprocessors,
                            cudaStream_t stream) {
-  const int ctas = 4 * kResident * multiprocessors;  // parts differ: who is done makes room
+  const int ctas = kResident * multiprocessors;
   if (Status s = launch(count_kernel, ctas, kThreads, 0, stream, chunk, lists); !s.ok()) return s;
-  return launch(list_kernel, ctas, kThreads, 0, stream, chunk, lists);
+  // Parts of lists differ: who is done makes room.
+  return launch(list_kernel, 4 * ctas, kThreads, 0, stream, chunk, lists);
 }
 
 Status launch_order_lists(const TokenLists& lists, cudaStream_t stream) {

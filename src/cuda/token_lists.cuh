@@ -5,10 +5,12 @@
 
 namespace twell::cuda {
 
-// The rows that a part adds to its list.
-__device__ __forceinline__ int rows_of(const ListPart& part) {
-  return __popc(part.tokens.words[0]) + __popc(part.tokens.words[1]);
+__device__ __forceinline__ int tokens_of(const ActiveTokens& active) {
+  return __popc(active.words[0]) + __popc(active.words[1]);
 }
+
+// The rows that a part adds to its list.
+__device__ __forceinline__ int rows_of(const ListPart& part) { return tokens_of(part.tokens); }
 
 // Where the 64 neurons of a block stand in the union of a tile.
 __device__ __forceinline__ std::int32_t* positions_of(const TokenLists& lists, int tile,

@@ -7,8 +7,8 @@
 // The lists grow round by round into one arena and are multiplied once, after the last round. A
 // pass with more active (token, neuron) pairs than the arena has room for is *dense*: the products
 // of each round are made at once, half tile by half tile, from the columns of its coefficients, and
-// their float32 sums kept, in two halves: the upper 16 bits in the gradients themselves, the lower
-// ones in the workspace, in the place of the lists.
+// their float32 sums kept to 24 bits: the upper 16 in the gradients themselves, the others in the
+// workspace, in the place of the lists.
 //
 // A pair that is not active has coefficients of 0, but where a product with 0 is NaN. Then the
 // neuron's whole row of a gradient is NaN, which is noted (silent_nans) and not listed: so no more
@@ -24,7 +24,7 @@
 
 namespace twell::cuda {
 
-// Which of a column's values are not 0 in any of the coefficients: bit 8 w + r of the first word is
+// For which tokens a neuron is active, g is not 0: bit 8 w + r of the first word is
 // token 16 w + r of the half tile, of the second word the token 8 further on.
 struct ActiveTokens {
   std::uint32_t words[2];
@@ -100,21 +100,22 @@ struct TokenLists {
   __device__ bool dense() const { return *pairs > static_cast<unsigned long long>(entry_capacity); }
 };
 
-// The gradients [neurons, hidden] of a pass, null where not wanted, and the lower halves of a dense
-// pass's sums.
+// The gradients [neurons, hidden] of a pass, null where not wanted, and what more a dense pass
+// keeps of its sums.
 struct WeightGradients {
   void* gate;  // null for a plain block
   void* up;
   void* down;
-  std::uint16_t* low[3];
+  std::uint8_t* low[3];
 };
 
 // neurons, with the first round. activity [N], which is 0: its active tokens of each neuron.
 Status launch_sort_neurons(const BackwardChunk& chunk, const TokenLists& lists,
                            std::int32_t* activity, cudaStream_t stream);
 
-// Of a round: active, parts, silent_nans; and if the pass is not dense, rows and entries, to which
-// its own are added. Before the first round state, shares, counts and silent_nans are 0.
+// Of a round, whose coefficients, active and silent_nans are made: parts; and if the pass is not
+// dense, rows and entries, to which its own are added. Before the first round state, shares, counts
+// and silent_nans are 0.
 Status launch_add_to_lists(const BackwardChunk& chunk, const TokenLists& lists, int multiprocessors,
                            cudaStream_t stream);
 

@@ -146,7 +146,7 @@ TEST_P(CudaLists, MatchTheColumns) {
   const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
   const DeviceBuffer h(halves * host.capacity * kHalfTokens * sizeof(bf16));
   const DeviceBuffer activity(std::vector<std::int32_t>(host.neurons, 0));
-  const DeviceBuffer partial_l1(host.tiles * 4), l0(8), l1(4);
+  const DeviceBuffer partial_l1(host.tiles * kStatsParts * 4), l0(8), l1(4);
   ForwardChunk chunk = buffers.chunk(host);
   chunk.columns = columns.as<std::uint32_t>();
   chunk.schedule = schedule.as<Schedule>();
@@ -155,7 +155,8 @@ TEST_P(CudaLists, MatchTheColumns) {
        {launch_unions(chunk, nullptr), launch_spread(chunk, nullptr),
         launch_stats(chunk, activity.as<std::int32_t>(), partial_l1.as<float>(), nullptr),
         launch_stats_total(activity.as<std::int32_t>(), host.neurons, partial_l1.as<float>(),
-                           host.tiles, l0.as<std::int64_t>(), l1.as<float>(), nullptr)}) {
+                           host.tiles * kStatsParts, l0.as<std::int64_t>(), l1.as<float>(),
+                           nullptr)}) {
     ASSERT_TRUE(status.ok()) << status.message();
   }
   require_cuda(cudaDeviceSynchronize());

@@ -2,6 +2,7 @@
 // over unions, and plain loops for its gradients of the weights, so that all that lies between them
 // is tested: the rounds, the lists, and when a pass is dense.
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <vector>
@@ -18,7 +19,7 @@ constexpr int kStep = 64;  // tokens of a stage of the kernel
 // A gradient [neurons, hidden], what its coefficients go with, and which they are: dg, du, h.
 struct Matrix {
   std::uint16_t* grad;
-  std::uint16_t* low;
+  std::uint8_t* low;
   const bf16* source;
   int coefficient;
   std::uint32_t nans;
@@ -69,7 +70,8 @@ void for_each_element(const TokenLists& lists, int block, int hidden, Make&& mak
 }
 
 float kept(const Matrix& matrix, std::int64_t at) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(matrix.grad[at]) << 16 | matrix.low[at];
+  const std::uint32_t bits = static_cast<std::uint32_t>(matrix.grad[at]) << 16 |
+                             static_cast<std::uint32_t>(matrix.low[at]) << 8;
   return __builtin_bit_cast(float, bits);
 }
 
@@ -151,9 +153,35 @@ Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int mul
 // The stand-in for the coefficients makes g and u anew itself.
 Status launch_remake(const BackwardChunk&, const FfnWeights&, int, cudaStream_t) { return {}; }
 
-Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
-                           int multiprocessors, cudaStream_t stream) {
-  return sm80::launch_coefficients(chunk, weights, multiprocessors, stream);
+// From the coefficients that the stand-in makes.
+Status launch_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
+                           const FfnWeights& weights, int multiprocessors, cudaStream_t stream) {
+  Status status = sm80::launch_coefficients(chunk, lists, weights, multiprocessors, stream);
+  const Schedule& round = *chunk.forward.schedule;
+  for (int half = 2 * round.first_tile; half < 2 * (round.first_tile + round.tiles); ++half) {
+    const int tile = half / 2;
+    for (int i = 0; i < chunk.forward.counts[tile]; ++i) {
+      const std::int64_t column = chunk.forward.column(tile, half % 2) + i;
+      const std::int64_t entry = static_cast<std::int64_t>(tile) * chunk.forward.capacity + i;
+      ActiveTokens& active = lists.active[column] = {};
+      for (int t = 0; t < kHalfTokens && half * kHalfTokens + t < chunk.forward.tokens; ++t) {
+        const auto value = [&](const std::uint32_t* columns) {
+          if (!columns) return 0.0f;
+          const std::uint32_t word = columns[column * kColumnWords + t / 16 * 8 + t % 8];
+          return value_of(t % 16 < 8 ? word & 0xffffu : word >> 16);
+        };
+        const float dg = value(chunk.dg), du = value(chunk.du), h = value(chunk.h);
+        if (dg != 0 || (du != 0 && !std::isnan(du)) || (h != 0 && !std::isnan(h))) {
+          active.words[t % 16 / 8] |= 1u << (t / 16 * 8 + t % 8);
+          continue;
+        }
+        std::uint32_t& nans = lists.silent_nans[chunk.forward.unions[entry].row()];
+        if (std::isnan(du)) nans |= TokenLists::kNanDu;
+        if (std::isnan(h)) nans |= TokenLists::kNanH;
+      }
+    }
+  }
+  return status;
 }
 
 Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
@@ -176,9 +204,10 @@ Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& list
       }
       for_each_element(lists, block, hidden, [&](int i, std::int64_t at, int) {
         const float sum = chunk.first ? sums[i] : sums[i] + kept(matrix, at);
-        const auto bits = __builtin_bit_cast(std::uint32_t, sum);
+        auto bits = __builtin_bit_cast(std::uint32_t, sum);
+        if (!std::isnan(sum)) bits += 0x7fu + (bits >> 8 & 1u);
         matrix.grad[at] = static_cast<std::uint16_t>(bits >> 16);
-        matrix.low[at] = static_cast<std::uint16_t>(bits);
+        matrix.low[at] = static_cast<std::uint8_t>(bits >> 8);
       });
     }
   }

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 }  // namespace
 
-Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
+Status launch_coefficients(const BackwardChunk& chunk, const TokenLists&, const FfnWeights& weights,
                            int multiprocessors, cudaStream_t stream) {
   const bool gated = weights.gate != nullptr;
   const auto* up = static_cast<const __nv_bfloat16*>(weights.up);

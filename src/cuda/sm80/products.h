@@ -14,8 +14,8 @@ Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int mul
                    cudaStream_t stream);
 
 // The backward's, as in backward.h.
-Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
-                           int multiprocessors, cudaStream_t stream);
+Status launch_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
+                           const FfnWeights& weights, int multiprocessors, cudaStream_t stream);
 Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
                              int multiprocessors, cudaStream_t stream);
 

@@ -1,7 +1,7 @@
 // The coefficients over the unions of a round on Hopper: dh = dy Dᵀ, then dg, du and h from g and
 // u, which the forward has kept, or which lie where h and du will (remake.cu). Their columns go
 // through the ring of stages too, after the item's products, so that they arrive while those run
-// and take no registers.
+// and take no registers. For the lists (token_lists.h) g also says which tokens are active.
 
 #include "cuda/check.h"
 #include "cuda/coefficients.cuh"
@@ -24,6 +24,8 @@ struct CoefficientsEpilogue {
   class Consumer;
 
   BackwardChunk chunk;
+  ActiveTokens* active;
+  std::uint32_t* silent_nans;
   CUtensorMap kept[kFactors];  // [2 saved positions, 64]
   CUtensorMap anew[kFactors];  // [2 positions, 64]
 
@@ -67,7 +69,8 @@ class CoefficientsEpilogue<kGated>::Consumer {
  public:
   __device__ Consumer(const CoefficientsEpilogue& epilogue, const ForwardChunk&, Stages& shared,
                       int half)
-      : chunk_(epilogue.chunk),
+      : epilogue_(epilogue),
+        chunk_(epilogue.chunk),
         shared_(shared),
         half_(half),
         grad_l1_(chunk_.grad_l1 ? *chunk_.grad_l1 : 0) {}
@@ -91,7 +94,13 @@ class CoefficientsEpilogue<kGated>::Consumer {
                                         UnionItem item) const {
     constexpr int kGroups = kUnionStep / 8;
     const int quad = threadIdx.x % 4;
-    const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;  // of a column
+    const int warp = threadIdx.x / 32 % 4;
+    const int row = threadIdx.x % 32 / 4;
+    const int word = warp * 8 + row;  // of a column
+    const int token = (2 * item.tile + half_) * kHalfTokens + warp * 16 + row;
+    // Of tokens beyond the last one a NaN or an infinity in a weight can make coefficients.
+    const std::uint32_t magnitudes = (token < chunk_.forward.tokens ? 0x7fffu : 0) |
+                                     (token + 8 < chunk_.forward.tokens ? 0x7fff0000u : 0);
     // Of column 2 quad + parity in the swizzled box; it is the same for the columns 8 further on.
     int offsets[2];
 #pragma unroll
@@ -104,6 +113,10 @@ class CoefficientsEpilogue<kGated>::Consumer {
     std::uint32_t* dg = chunk_.dg + at;
     std::uint32_t* du = kGated ? chunk_.du + at : nullptr;
     std::uint32_t* h = chunk_.h + at;
+    // The warp's share of the first active tokens that this thread writes.
+    auto* active = reinterpret_cast<std::uint8_t*>(epilogue_.active + held.column + row / 2 * 8 +
+                                                   2 * quad + row % 2) +
+                   warp;
 #pragma unroll
     for (int step = 0; step < kN / kUnionStep; ++step, ring.advance()) {
       ptx::mbarrier_wait(&shared_.full[ring.stage], ring.parity);
@@ -123,6 +136,9 @@ class CoefficientsEpilogue<kGated>::Consumer {
       ptx::fence_async_proxy();  // TMA may then overwrite what was read
       __syncwarp();
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared_.empty[ring.stage]);
+      // Bit 2 j + parity: whether the low token is active, 16 + that: the high one.
+      std::uint32_t actives = 0;
+      std::uint32_t silent = 0;  // of any coefficient of a pair that is not active
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
@@ -135,12 +151,59 @@ class CoefficientsEpilogue<kGated>::Consumer {
           dg[position * kColumnWords] = in_use ? own.dg : 0;
           if constexpr (kGated) du[position * kColumnWords] = in_use ? own.du : 0;
           h[position * kColumnWords] = in_use ? own.h : 0;
+
+          const std::uint32_t own_active =
+              __vminu2(factors[0][j][parity] & magnitudes, 0x00010001u);
+          actives |= own_active << (2 * j + parity);
+          const std::uint32_t any = in_use ? (kGated ? own.du : 0) | own.h : 0;
+          silent |= any & magnitudes & ~(own_active * 0xffffu);
         }
+      }
+      if (silent != 0) note_nans(epilogue_, held, item, step, actives, magnitudes);
+      const std::uint32_t bytes = transpose_in_rows(actives, row);
+#pragma unroll
+      for (int byte = 0; byte < 4; ++byte) {
+        const int position = step * kUnionStep + byte % 2 * (kUnionStep / 2);
+        active[position * sizeof(ActiveTokens) + byte / 2 * sizeof(std::uint32_t)] =
+            static_cast<std::uint8_t>(bytes >> (8 * byte));
       }
     }
   }
 
  private:
+  // Each of a warp's 8 rows holds 4 bytes: bit r of row s becomes bit s of row r, in each.
+  __device__ static __forceinline__ std::uint32_t transpose_in_rows(std::uint32_t bits, int row) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      constexpr std::uint32_t kKept[] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu};
+      const int distance = 1 << i;
+      const std::uint32_t other = __shfl_xor_sync(~0u, bits, 4 * distance);
+      bits = (row & distance) == 0 ? (bits & kKept[i]) | (other & kKept[i]) << distance
+                                   : (bits & ~kKept[i]) | (other >> distance & kKept[i]);
+    }
+    return bits;
+  }
+
+  // Of this thread's pairs in a step: one that is not active has no coefficient but 0 or NaN.
+  __device__ __noinline__ static void note_nans(const CoefficientsEpilogue& epilogue, Held held,
+                                                UnionItem item, int step, std::uint32_t actives,
+                                                std::uint32_t magnitudes) {
+    const BackwardChunk& chunk = epilogue.chunk;
+    const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
+    const UnionEntry* entries = chunk.forward.unions +
+                                static_cast<std::size_t>(item.tile) * chunk.forward.capacity +
+                                item.first_position();
+    for (int i = 0; i < kUnionStep / 4; ++i) {
+      const int position = step * kUnionStep + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+      const std::int64_t at = (held.column + position) * kColumnWords + word;
+      const std::uint32_t silent = magnitudes & ~((actives >> i & 0x00010001u) * 0xffffu);
+      const std::uint32_t nans = (kGated && (chunk.du[at] & silent) != 0 ? TokenLists::kNanDu : 0) |
+                                 ((chunk.h[at] & silent) != 0 ? TokenLists::kNanH : 0);
+      if (nans != 0) atomicOr(&epilogue.silent_nans[entries[position].row()], nans);
+    }
+  }
+
+  const CoefficientsEpilogue& epilogue_;
   const BackwardChunk& chunk_;
   Stages& shared_;
   const int half_;
@@ -155,14 +218,14 @@ __global__ void __launch_bounds__(Gather::kThreads, 1)
 }
 
 template <bool kGated>
-Status launch_for(const BackwardChunk& chunk, const void* down, int multiprocessors,
-                  cudaStream_t stream) {
+Status launch_for(const BackwardChunk& chunk, const TokenLists& lists, const void* down,
+                  int multiprocessors, cudaStream_t stream) {
   using Epilogue = CoefficientsEpilogue<kGated>;
   GatherOperands<1> operands;
   const ForwardChunk& forward = chunk.forward;
   const Tokens dy = {chunk.dy, forward.tokens, 0};
   if (Status status = make_operands<1>(operands, forward, dy, {down}); !status.ok()) return status;
-  Epilogue epilogue = {chunk, {}, {}};
+  Epilogue epilogue = {chunk, lists.active, lists.silent_nans, {}, {}};
   const std::uint32_t* const kept[] = {chunk.saved_g, chunk.saved_u};
   const std::uint32_t* const anew[] = {chunk.h, chunk.du};
   const std::int64_t kept_columns = std::int64_t{2} * chunk.saved_positions;
@@ -182,10 +245,10 @@ Status launch_for(const BackwardChunk& chunk, const void* down, int multiprocess
 
 }  // namespace
 
-Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
-                           int multiprocessors, cudaStream_t stream) {
+Status launch_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
+                           const FfnWeights& weights, int multiprocessors, cudaStream_t stream) {
   const auto launch_it = weights.gate ? launch_for<true> : launch_for<false>;
-  return launch_it(chunk, weights.down, multiprocessors, stream);
+  return launch_it(chunk, lists, weights.down, multiprocessors, stream);
 }
 
 }  // namespace twell::cuda::sm90

@@ -30,8 +30,8 @@ Status launch_remake(const BackwardChunk& chunk, const FfnWeights& weights, int 
                      cudaStream_t stream);
 
 // The backward's, as in backward.h; the coefficients after launch_remake.
-Status launch_coefficients(const BackwardChunk& chunk, const FfnWeights& weights,
-                           int multiprocessors, cudaStream_t stream);
+Status launch_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
+                           const FfnWeights& weights, int multiprocessors, cudaStream_t stream);
 Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
                              int multiprocessors, cudaStream_t stream);
 

@@ -47,7 +47,7 @@ struct alignas(1024) Shared {
 
 struct Gradient {
   __nv_bfloat16* rows;  // [neurons, hidden]; null: not wanted
-  std::uint16_t* low;   // the lower halves of a dense pass's float32 sums
+  std::uint8_t* low;    // bits 8 to 15 of a dense pass's float32 sums
 };
 
 struct Call {
@@ -356,10 +356,16 @@ struct HalfTiles {
   }
 };
 
-// A pair of float32 from their upper and lower halves.
+// A pair of float32 from their upper halves and the 8 bits below.
 __device__ __forceinline__ float2 join(std::uint32_t high, std::uint32_t low) {
-  return {__uint_as_float(high << 16 | (low & 0xffffu)),
-          __uint_as_float((high & 0xffff0000u) | low >> 16)};
+  return {__uint_as_float(high << 16 | (low & 0xffu) << 8),
+          __uint_as_float((high & 0xffff0000u) | (low & 0xff00u))};
+}
+
+// The bits of a float32 rounded to the upper 24; a NaN as it is.
+__device__ __forceinline__ std::uint32_t round_to_24_bits(float value) {
+  const std::uint32_t bits = __float_as_uint(value);
+  return isnan(value) ? bits : bits + 0x7fu + (bits >> 8 & 1u);
 }
 
 // The neurons whose sums a thread holds; negative: none.
@@ -376,7 +382,7 @@ __device__ __forceinline__ void add_kept(float (&acc)[kColumns / 2], const Call&
       if (neurons[s] < 0 || column + 8 * j >= call.hidden) continue;
       const std::size_t at = static_cast<std::size_t>(neurons[s]) * call.hidden + column + 8 * j;
       const float2 kept = join(*reinterpret_cast<const std::uint32_t*>(gradient.rows + at),
-                               *reinterpret_cast<const std::uint32_t*>(gradient.low + at));
+                               *reinterpret_cast<const std::uint16_t*>(gradient.low + at));
       acc[4 * j + 2 * s] += kept.x;
       acc[4 * j + 2 * s + 1] += kept.y;
     }
@@ -391,10 +397,11 @@ __device__ __forceinline__ void keep(const float (&acc)[kColumns / 2], const Cal
     for (int j = 0; j < kColumns / 8; ++j) {
       if (neurons[s] < 0 || column + 8 * j >= call.hidden) continue;
       const std::size_t at = static_cast<std::size_t>(neurons[s]) * call.hidden + column + 8 * j;
-      const std::uint32_t a = __float_as_uint(acc[4 * j + 2 * s]);
-      const std::uint32_t b = __float_as_uint(acc[4 * j + 2 * s + 1]);
+      const std::uint32_t a = round_to_24_bits(acc[4 * j + 2 * s]);
+      const std::uint32_t b = round_to_24_bits(acc[4 * j + 2 * s + 1]);
       *reinterpret_cast<std::uint32_t*>(gradient.rows + at) = a >> 16 | (b & 0xffff0000u);
-      *reinterpret_cast<std::uint32_t*>(gradient.low + at) = (a & 0xffffu) | b << 16;
+      *reinterpret_cast<std::uint16_t*>(gradient.low + at) =
+          static_cast<std::uint16_t>((a >> 8 & 0xffu) | (b & 0xff00u));
     }
   }
 }
@@ -529,7 +536,7 @@ Call make_call(const BackwardChunk& chunk, const void* x, const void* dy,
   call.sources[0] = static_cast<const __nv_bfloat16*>(x);
   call.sources[1] = static_cast<const __nv_bfloat16*>(dy);
   int matrix = 0;
-  const auto add = [&](void* grad, std::uint16_t* low) {
+  const auto add = [&](void* grad, std::uint8_t* low) {
     call.gradients[matrix++] = {static_cast<__nv_bfloat16*>(grad), low};
   };
   if (chunk.du) add(gradients.gate, gradients.low[0]);
