@@ -24,7 +24,7 @@ inline constexpr int kUnionStep = 64;   // unions are padded to a multiple of th
 inline constexpr int kUnionItem = 256;  // union positions of the largest piece of up work
 inline constexpr int kMaxChunkTiles = 1024;
 inline constexpr int kScheduleHeader = 20;  // bytes before the pieces of up work
-inline constexpr int kStatsParts = 8;       // of a tile, whose Σ |h| are summed apart
+inline constexpr int kStatsParts = 4;       // of a tile, whose Σ |h| are summed apart
 
 // Of the backward. A chunk's masks and unions are made at once; its columns of dg, du and h in
 // rounds, each of as many tiles as there is room for. With every neuron in their unions that is
