@@ -351,6 +351,23 @@ TEST_F(CudaBackward, SpreadsNanOfManyTokens) {
   }
 }
 
+// A NaN of the first round stays in a dense pass's sums through those that follow.
+TEST_F(CudaBackward, KeepsNanInDenseSums) {
+  for (const FfnKind kind : kKinds) {
+    TrainingBlock block(kind, 600, 24, 72, 0.5);
+    block.x[5 * 24 + 3] = to_bf16(std::numeric_limits<float>::quiet_NaN());
+    const Gradients want = dense_gradients(block, no_rounding);
+    for (const Device& device : devices) {
+      TrainingCall call(training_plan(block.problem, device, 128), block);
+      ASSERT_TRUE(call.run().ok());
+      expect_same_classes(call, want);
+      if (cuda::takes_token_lists(device)) {
+        EXPECT_EQ(list_entries(call), 0);
+      }
+    }
+  }
+}
+
 // It makes the neuron active for the tokens beyond the last one too, which must not be read.
 TEST_F(CudaBackward, SpreadsNanOfADecidingWeight) {
   for (const FfnKind kind : kKinds) {
