@@ -381,6 +381,14 @@ TEST_F(CudaBackward, SpreadsNanOfADecidingWeight) {
         expect_same_classes(call, want);
       }
     }
+    TrainingBlock alone(kind, 150, 24, 72, 0);
+    alone.set_bias(40, std::numeric_limits<float>::quiet_NaN());
+    for (const Device& device : devices) {
+      if (!cuda::takes_token_lists(device)) continue;
+      TrainingCall call(training_plan(alone.problem, device), alone);
+      ASSERT_TRUE(call.run().ok());
+      EXPECT_EQ(list_entries(call), 150);
+    }
   }
 }
 
