@@ -430,9 +430,7 @@ void Training::resumes_to_the_same_bits(const TrainRun& like) {
   }
 }
 
-TEST_F(Training, IsDeterministicAndResumesToTheSameBits) {
-  resumes_to_the_same_bits(run(""));
-}
+TEST_F(Training, IsDeterministicAndResumesToTheSameBits) { resumes_to_the_same_bits(run("")); }
 
 TEST_F(Training, IsDeterministicAndResumesToTheSameBitsOnTheGpu) {
   if (!torch::cuda::is_available()) GTEST_SKIP() << "there is no GPU";
