@@ -12,7 +12,7 @@ namespace {
 
 // Tokens whose intermediates are alive at once: enough that the last wave of each kernel costs
 // little, small enough that the address space stays bounded.
-constexpr std::int64_t kMaxChunkTiles = 256;
+constexpr std::int64_t kMaxChunkTiles = 272;
 
 // The same when training, where memory counts: at most that, and no more memory than the backward.
 constexpr std::int64_t kMaxTrainingTiles = 128;
@@ -114,7 +114,7 @@ double predict_backward(const FfnProblem& problem, const Device& device, double 
   const double rounds =
       chunks * std::ceil(static_cast<double>(layout.tiles) * std::max(sparsity.in_union, 1.0) /
                          std::max(static_cast<double>(layout.positions), 1.0));
-  if (cuda::takes_token_lists(device)) {
+  if (cuda::is_hopper(device)) {
     const double over_union = gated ? 3 : 2;  // dh and dx
     const double launches = chunks * static_cast<double>(layout.rounds) * kRoundLaunches;
     const bool listed = sparsity.active * static_cast<double>(problem.tokens) <=
@@ -157,10 +157,10 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
   return out;
 }
 
-// Tiles of a training forward's chunk: the most, from half of what the backward's memory allows on,
-// with which the gate needs the fewest waves in all. Its pieces are pairs of tiles by blocks of
-// neurons, one at a time on each pair of multiprocessors.
-std::int64_t training_tiles(const FfnProblem& problem, const Device& device) {
+// Tiles of a forward's chunk: as many as `most`, or as few as half of it, so that the gate needs
+// the fewest waves in all. Its pieces are pairs of tiles by blocks of neurons, one at a time on
+// each pair of multiprocessors.
+std::int64_t chunk_tiles(const FfnProblem& problem, const Device& device, std::int64_t most) {
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t blocks = cuda::ceil_div<std::int64_t>(problem.neurons, cuda::kBlockNeurons);
   const std::int64_t pairs_at_once = std::max(1, device.multiprocessors / 2);
@@ -170,15 +170,21 @@ std::int64_t training_tiles(const FfnProblem& problem, const Device& device) {
   const auto all_waves = [&](std::int64_t chunk) {
     return tiles / chunk * waves(chunk) + waves(tiles % chunk);
   };
-  std::int64_t most = std::clamp<std::int64_t>(tiles, 1, kMaxTrainingTiles);
-  const std::size_t bytes = cuda::BackwardLayout(with_chunks(problem, device, most)).bytes;
-  while (most > 1 && cuda::ForwardLayout(with_chunks(problem, device, most)).bytes > bytes) --most;
-  if (tiles <= most) return most;
+  if (tiles <= most) return std::max<std::int64_t>(1, tiles);
   std::int64_t best = most;
   for (std::int64_t chunk = best - 1; 2 * chunk >= most; --chunk) {
     if (all_waves(chunk) < all_waves(best)) best = chunk;
   }
   return best;
+}
+
+// The most tiles of a training forward's chunk, which takes no more memory than the backward.
+std::int64_t most_training_tiles(const FfnProblem& problem, const Device& device) {
+  const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
+  std::int64_t most = std::clamp<std::int64_t>(tiles, 1, kMaxTrainingTiles);
+  const std::size_t bytes = cuda::BackwardLayout(with_chunks(problem, device, most)).bytes;
+  while (most > 1 && cuda::ForwardLayout(with_chunks(problem, device, most)).bytes > bytes) --most;
+  return most;
 }
 
 // Ok if the sparse path runs this; otherwise names what it does not.
@@ -215,13 +221,10 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
     plan.workspace_bytes = cuda::DecodeLayout(plan).bytes;
     return plan;
   }
-  const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
-  const std::int64_t chunks = std::max<std::int64_t>(1, cuda::ceil_div(tiles, kMaxChunkTiles));
-  const std::int64_t chunk_tiles = options.training
-                                       ? training_tiles(problem, device)
-                                       : std::max<std::int64_t>(1, cuda::ceil_div(tiles, chunks));
+  const std::int64_t most =
+      options.training ? most_training_tiles(problem, device) : kMaxChunkTiles;
   plan.tile_tokens = cuda::kTileTokens;
-  plan.chunk_tokens = chunk_tiles * cuda::kTileTokens;
+  plan.chunk_tokens = chunk_tiles(problem, device, most) * cuda::kTileTokens;
   plan.block_neurons = cuda::kBlockNeurons;
   plan.heavy_tokens = 1;  // every neuron of a union takes part in the dense product
   plan.workspace_bytes = cuda::ForwardLayout(plan).bytes;
