@@ -67,8 +67,9 @@ class Backward {
     f.unions = at<UnionEntry>(layout_.unions);
     f.counts = at<std::int32_t>(layout_.counts);
     f.order = at<std::int32_t>(layout_.order);
-    f.first_positions = at<std::int32_t>(layout_.first_positions);
-    f.positions = static_cast<int>(layout_.positions);
+    f.halves = at<HalfColumns>(layout_.halves);
+    f.by_half = is_hopper(plan.device);
+    f.room = static_cast<int>(2 * layout_.positions);
     f.rounds = static_cast<int>(layout_.rounds);
     f.schedule_bytes = static_cast<int>(layout_.schedule_bytes);
     chunk_.grad_l1 = static_cast<const float*>(args.grad_l1);
@@ -77,13 +78,13 @@ class Backward {
     if (saved_.positions > 0) {
       chunk_.saved_g = at_saved<std::uint32_t>(saved_.g);
       chunk_.saved_u = gated ? at_saved<std::uint32_t>(saved_.u) : nullptr;
-      chunk_.saved_positions = static_cast<int>(saved_.positions);
+      chunk_.saved_room = static_cast<int>(2 * saved_.positions);
     }
     chunk_.dg = at<std::uint32_t>(layout_.coefficients[0]);
     chunk_.du = gated ? at<std::uint32_t>(layout_.coefficients[1]) : nullptr;
     chunk_.h = at<std::uint32_t>(layout_.coefficients[2]);
 
-    if (takes_token_lists(plan.device)) {
+    if (is_hopper(plan.device)) {
       set_lists();
       return;
     }
@@ -142,7 +143,7 @@ class Backward {
   bool wants_weights() const { return args_.grad_gate || args_.grad_up || args_.grad_down; }
 
   void set_lists() {
-    chunk_.forward.word_first = at<std::int32_t>(layout_.word_first);
+    chunk_.forward.words = at<WordPositions>(layout_.word_positions);
     lists_.blocks = static_cast<int>(layout_.blocks);
     lists_.capacity = static_cast<int>(layout_.rows);
     lists_.entry_capacity = static_cast<int>(layout_.entries);

@@ -44,10 +44,10 @@ struct BackwardChunk {
 
   const std::uint32_t* saved_g;  // the forward's SavedColumns; null: none
   const std::uint32_t* saved_u;
-  int saved_positions;
+  int saved_room;  // columns
 
   std::uint32_t* nonfinite;  // [2 tiles, 2]: a bit for each token that must be on every list
-  std::uint32_t* dg;         // [2 positions, 32], as the forward's h
+  std::uint32_t* dg;         // [room, 32], as the forward's h
   std::uint32_t* du;         // the same; null for a plain block
   std::uint32_t* h;          // the same
 

@@ -46,8 +46,9 @@ class Forward {
     c.columns = at<std::uint32_t>(layout_.columns);
     c.unions = at<UnionEntry>(layout_.unions);
     c.counts = at<std::int32_t>(layout_.counts);
-    c.first_positions = at<std::int32_t>(layout_.first_positions);
-    c.positions = static_cast<int>(layout_.tiles * layout_.capacity);
+    c.halves = at<HalfColumns>(layout_.halves);
+    c.by_half = is_hopper(plan.device);
+    c.room = static_cast<int>(2 * layout_.tiles * layout_.capacity);
     c.rounds = 1;
     c.h = at<std::uint32_t>(layout_.h);
     c.order = at<std::int32_t>(layout_.order);
@@ -56,10 +57,10 @@ class Forward {
       c.saved.g = at_saved<std::uint32_t>(saved_.g);
       c.saved.u = gated() ? at_saved<std::uint32_t>(saved_.u) : nullptr;
       c.saved.taken = at_saved<std::int32_t>(saved_.taken);
-      if (takes_token_lists(plan.device)) {
+      if (is_hopper(plan.device)) {
         c.saved.active = at_saved<unsigned long long>(saved_.active);
       }
-      c.saved.positions = static_cast<int>(saved_.positions);
+      c.saved.room = static_cast<int>(2 * saved_.positions);
     }
     if (wants_stats()) {
       activity_ = args.stats.activity ? args.stats.activity : at<std::int32_t>(layout_.activity);

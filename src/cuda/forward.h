@@ -31,16 +31,85 @@ struct UnionEntry {
   }
 };
 
-// One piece of up work: positions [64 first, 64 (first + steps + 1)) of a tile's union.
-struct UnionItem {
-  std::uint16_t tile;
-  std::uint16_t first : 12;
-  std::uint16_t steps : 4;
+// Where the columns of a half lie: those of the steps [first, end) of 64 positions of its tile's
+// union, outside of which the half uses no neuron, side by side. On Hopper unions are ordered for
+// it: neurons of the first half alone, those of both, those of the second alone, each in ascending
+// order. Elsewhere they are in ascending order, and a half has all steps.
+struct alignas(8) HalfColumns {
+  std::int32_t base;  // plus a position of the union: the column's index
+  std::uint16_t first;
+  std::uint16_t end;
 
-  __host__ __device__ int first_position() const { return first * kUnionStep; }
+  __host__ __device__ bool has(int position) const {
+    return position >= first * kUnionStep && position < end * kUnionStep;
+  }
+  __host__ __device__ int steps() const { return end - first; }
 };
 
-static_assert(sizeof(UnionEntry) == 8 && sizeof(UnionItem) == 4);
+// Those of a word's 32 neurons that one half or both use, in the order in which unions have them.
+struct UsedNeurons {
+  static constexpr int kClasses = 3;
+  std::uint32_t classes[kClasses];  // a bit for each neuron
+
+  __host__ __device__ UsedNeurons(std::uint32_t by_first, std::uint32_t by_second)
+      : classes{by_first & ~by_second, by_first & by_second, by_second & ~by_first} {}
+};
+
+// Where the first of a word's neurons of each class stands in the union.
+struct WordPositions {
+  std::uint16_t first[UsedNeurons::kClasses];
+};
+
+// One piece of up work: steps [first, first + steps) of a tile's union.
+class UnionItem {
+ public:
+  // What a half has of it: `steps` from first + skipped on.
+  struct Part {
+    int skipped;
+    int steps;
+
+    __host__ __device__ bool has(int step) const {  // of the item
+      return step >= skipped && step < skipped + steps;
+    }
+  };
+
+  UnionItem() = default;
+  __host__ __device__ UnionItem(int tile, int first, int steps, HalfColumns first_half,
+                                HalfColumns second_half)
+      : tile_(tile),
+        first_(first),
+        more_steps_(steps - 1),
+        parts_(part_bits(first_half) | part_bits(second_half) << kPartBits) {}
+
+  __host__ __device__ int tile() const { return tile_; }
+  __host__ __device__ int first() const { return first_; }
+  __host__ __device__ int steps() const { return more_steps_ + 1; }
+  __host__ __device__ int first_position() const { return first_ * kUnionStep; }
+  __host__ __device__ Part part(int half) const {
+    const std::uint32_t bits = parts_ >> (half * kPartBits);
+    return {static_cast<int>(bits & 3u), static_cast<int>(bits >> 2 & 7u)};
+  }
+
+ private:
+  static constexpr int kPartBits = 5;
+
+  __host__ __device__ std::uint32_t part_bits(HalfColumns half) const {
+    const int begin = half.first > first() ? half.first - first() : 0;
+    const int end = half.end < first() + steps() ? half.end - first() : steps();
+    return end > begin ? static_cast<std::uint32_t>(begin | (end - begin) << 2) : 0;
+  }
+
+  std::uint32_t tile_ : 10;
+  std::uint32_t first_ : 10;
+  std::uint32_t more_steps_ : 2;
+  std::uint32_t parts_ : 2 * kPartBits;
+};
+
+static_assert(kMaxChunkTiles <= 1 << 10 && kUnionItem / kUnionStep == 4);
+
+static_assert(sizeof(UnionEntry) == 8 && sizeof(UnionItem) == 4 &&
+              sizeof(HalfColumns) == kHalfColumnsBytes &&
+              sizeof(WordPositions) == kWordPositionsBytes);
 
 // The work of a round: of consecutive tiles whose columns of h have room at once. A forward has one
 // round for a chunk.
@@ -54,23 +123,17 @@ struct Schedule {
 };
 
 // Where the forward of a training plan keeps the columns of g and u over the unions for the
-// backward: tile after tile, as far as there is room.
+// backward: tile after tile, as far as there is room, each tile's as in h.
 struct SavedColumns {
-  std::uint32_t* g;      // [2 positions, 32]
+  std::uint32_t* g;      // [room, 32]
   std::uint32_t* u;      // the same; null for a plain block, whose only projection is g
-  std::int32_t* places;  // [tiles]: the first of a tile's positions; -1: it found no room
-  std::int32_t* taken;   // positions of this chunk and those before it
+  std::int32_t* places;  // [tiles]: the first of a tile's columns; -1: it found no room
+  std::int32_t* taken;   // columns of this chunk and those before it
   // Active (token, neuron) pairs of all chunks, counted for token_lists.h; null: not wanted.
   unsigned long long* active;
-  int positions;
+  int room;    // columns
   bool first;  // chunk of the pass
 };
-
-// Where columns of unions lie side by side, tile after tile and half after half: that of position 0
-// of a half of the tile whose first position is `first` and whose union has `count` neurons.
-__host__ __device__ inline std::int64_t first_column(int first, int half, int count) {
-  return std::int64_t{2} * first + half * ceil_div(count, kUnionStep) * kUnionStep;
-}
 
 // What the kernels of one chunk of tokens share.
 struct ForwardChunk {
@@ -86,14 +149,14 @@ struct ForwardChunk {
   std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: block b's n-th used column at 256 b + n
   UnionEntry* unions;      // [tiles, capacity]
   std::int32_t* counts;    // [tiles]: union neurons
-  std::int32_t*
-      word_first;  // [tiles, blocks * 8]: union neurons before each word; null: not wanted
-  std::int32_t* first_positions;  // [tiles]: see first_column, of h
-  std::uint32_t* h;               // [2 positions, 32]: columns of h by union position
-  int positions;                  // that h has room for
-  std::int32_t* order;            // [tiles]: of each round by falling count
-  Schedule* schedule;             // of the round at hand
-  int rounds;  // schedules of `schedule_bytes` each from there on, for the unions
+  HalfColumns* halves;     // [2 tiles]: of h
+  bool by_half;            // the order of unions
+  WordPositions* words;    // [tiles, blocks * 8]: of each word's neurons; null: not wanted
+  std::uint32_t* h;        // [room, 32]: columns of h by union position
+  int room;                // columns
+  std::int32_t* order;     // [tiles]: of each round by falling count
+  Schedule* schedule;      // of the round at hand
+  int rounds;              // schedules of `schedule_bytes` each from there on, for the unions
   int schedule_bytes;
   SavedColumns saved;         // places is null where nothing is kept
   std::int32_t* half_places;  // [2 tiles]: of a backward, see backward.h; null: of a forward
@@ -105,9 +168,9 @@ struct ForwardChunk {
                                         static_cast<std::size_t>(round) * schedule_bytes);
   }
 
-  // In h, and in what takes its place in a backward.
-  __device__ std::int64_t column(int tile, int half) const {
-    return first_column(first_positions[tile], half, counts[tile]);
+  // A half's columns among those that are kept for the backward, or -1.
+  __device__ int kept_base(int place, int tile, int half) const {
+    return place < 0 ? -1 : place + halves[2 * tile + half].base - halves[2 * tile].base;
   }
 
   // Of a backward: a tile's place in what the forward has kept; -1: g and u must be made anew.
@@ -143,7 +206,7 @@ struct Products {
 // (90) described as 80 runs the PTX for all other GPUs.
 const Products& products_for(const Device& device);
 
-// unions, counts, order, schedules, first_positions and the saved columns' places ← masks.
+// unions, counts, halves, order, schedules and the saved columns' places ← masks.
 Status launch_unions(const ForwardChunk& chunk, cudaStream_t stream);
 
 // As Products::up for the plain block, whose h is g: h and the saved g ← columns.

@@ -53,6 +53,16 @@ inline constexpr std::int64_t kListPartBytes = 12;
 inline constexpr std::int64_t kListRowBytes = 8;
 inline constexpr std::int64_t kListEntryBytes = 8;
 
+// And of what forward.h does.
+inline constexpr std::int64_t kWordPositionsBytes = 6;
+inline constexpr std::int64_t kHalfColumnsBytes = 8;
+
+// Hopper's own instructions exist on no other GPU, older or newer. There unions are ordered by
+// which half uses a neuron (HalfColumns), and the weights' gradients are made by lists of tokens
+// that grow over the whole pass (token_lists.h) instead of rows of coefficients of a group of
+// blocks (NeuronRows).
+inline bool is_hopper(const Device& device) { return device.compute_capability / 10 == 9; }
+
 // Up to kMaxDecodeTokens tokens take the kernels that are bound by reading the weights.
 inline constexpr int kMaxDecodeTokens = 64;
 inline constexpr int kMaxDecodeGroup = 32;  // tokens whose products share the reads of the weights
@@ -106,7 +116,7 @@ struct ForwardLayout {
   std::int64_t blocks = 0;    // of neurons
   std::int64_t capacity = 0;  // neurons rounded up to a multiple of kUnionStep
 
-  std::size_t masks, columns, unions, counts, first_positions, h, order, schedule;
+  std::size_t masks, columns, unions, counts, halves, h, order, schedule;
   std::size_t activity, partial_l1, bytes;
 
   explicit ForwardLayout(const FfnPlan& plan) {
@@ -120,7 +130,7 @@ struct ForwardLayout {
     columns = carve.take(2 * tiles * blocks * kBlockNeurons * kColumnBytes);
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
-    first_positions = carve.take(tiles * 4);
+    halves = carve.take(2 * tiles * kHalfColumnsBytes);
     h = carve.take(2 * tiles * capacity * kColumnBytes);
     order = carve.take(tiles * 4);
     schedule = carve.take(kScheduleHeader + tiles * capacity / kUnionStep * 4);
@@ -154,7 +164,7 @@ struct SavedLayout {
 
  private:
   static constexpr std::size_t kPositionBytes = 2 * kColumnWords * 4;  // of one matrix
-  static constexpr std::size_t kMaxPositions = std::size_t{1} << 30;   // its columns have 32 bits
+  static constexpr std::size_t kMaxPositions = std::size_t{1} << 29;   // its columns have 31 bits
   std::size_t position_bytes_;
 
   explicit SavedLayout(const FfnProblem& problem)
@@ -174,10 +184,6 @@ struct SavedLayout {
   }
 };
 
-// The weights' gradients: by lists of tokens that grow over the whole pass (token_lists.h), or by
-// rows of coefficients of a group of blocks (NeuronRows).
-inline bool takes_token_lists(const Device& device) { return device.compute_capability / 10 == 9; }
-
 struct BackwardLayout {
   std::int64_t chunks = 0;
   std::int64_t tiles = 0;      // of one chunk
@@ -189,7 +195,7 @@ struct BackwardLayout {
   std::int64_t rows = 0;       // of a list of tokens
   std::int64_t entries = 0;    // of all lists
 
-  std::size_t masks, nonfinite, places, unions, counts, order, first_positions;
+  std::size_t masks, nonfinite, places, unions, counts, halves, order;
   std::size_t schedules, schedule_bytes;  // of one round
   std::size_t coefficients[3];            // dg, du, h
   std::size_t lists, token_counts, list_rows;
@@ -197,13 +203,13 @@ struct BackwardLayout {
   std::size_t list_zeros, list_zero_bytes;           // TokenLists: what begins as 0
   std::size_t list_state, list_shares, activity, silent_nans;
   std::size_t first_rows, first_entries, list_order, list_entries;
-  std::size_t word_first, list_neurons, list_positions, active;
+  std::size_t word_positions, list_neurons, list_positions, active;
   std::size_t totals[3];  // of the gradients of G, U, D; TokenLists: their lower bits
   std::size_t bytes = 0;
 
   explicit BackwardLayout(const FfnPlan& plan) {
     const FfnProblem& problem = plan.problem;
-    const bool has_lists = takes_token_lists(plan.device);
+    const bool has_lists = is_hopper(plan.device);
     const std::int64_t inputs = problem.kind == FfnKind::kGated ? 2 : 1;  // projections of x
     const std::int64_t half_words = SavedLayout(plan).half_words;
     const std::int64_t all_tiles = ceil_div<std::int64_t>(problem.tokens, kTileTokens);
@@ -228,9 +234,10 @@ struct BackwardLayout {
     places = carve.take(2 * tiles * 4);
     unions = carve.take(tiles * capacity * 8);
     counts = carve.take(tiles * 4);
+    halves = carve.take(2 * tiles * kHalfColumnsBytes);
     order = carve.take(tiles * 4);
-    first_positions = carve.take(tiles * 4);
-    schedule_bytes = static_cast<std::size_t>(kScheduleHeader + positions / kUnionStep * 4);
+    // A step of a union has columns of one half at least.
+    schedule_bytes = static_cast<std::size_t>(kScheduleHeader + 2 * positions / kUnionStep * 4);
     schedules = carve.take(rounds * static_cast<std::int64_t>(schedule_bytes));
     for (const int i : {0, 1, 2}) {
       const bool exists = i != 1 || inputs == 2;
@@ -254,7 +261,7 @@ struct BackwardLayout {
       first_entries = carve.take(blocks * 4);
       list_order = carve.take(blocks * 4);
       list_neurons = carve.take(blocks * kRowNeurons * 4);
-      word_first = carve.take(tiles * half_words * 4);
+      word_positions = carve.take(tiles * half_words * kWordPositionsBytes);
       list_positions = carve.take(tiles * blocks * kRowNeurons * 4);
       active = carve.take(2 * positions * kActiveTokensBytes);
       lists = carve.take(blocks * 2 * tiles * kListPartBytes);

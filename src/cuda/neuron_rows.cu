@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   std::uint32_t any = 0;
-  const std::int64_t column = forward.column(half_tile / 2, half_tile % 2) + first;
+  const std::int64_t column = std::int64_t{forward.halves[half_tile].base} + first;
   for (int i = 0; i < count; ++i) {
     const std::int64_t at = (column + i) * kColumnWords + lane;
     any |= chunk.dg[at] | chunk.h[at];
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint32_t* const sources[3] = {chunk.dg, chunk.du, chunk.h};
   const UnionEntry* entries =
       forward.unions + static_cast<std::size_t>(half_tile / 2) * forward.capacity + part.first;
-  const std::int64_t column = forward.column(half_tile / 2, half_tile % 2) + part.first;
+  const std::int64_t column = std::int64_t{forward.halves[half_tile].base} + part.first;
   const int token = lane / 8 * 16 + lane % 8;
   for (int i = warp; i < part.count; i += kWarps) {
     const int neuron = static_cast<int>(entries[i].row()) - rows.first - block * kRowNeurons;

@@ -7,9 +7,6 @@
 namespace twell::cuda {
 namespace {
 
-// Hopper's own instructions exist on no other GPU, older or newer.
-bool is_hopper(const Device& device) { return device.compute_capability / 10 == 9; }
-
 Status launch_hopper_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
                                   const FfnWeights& weights, int multiprocessors,
                                   cudaStream_t stream) {

@@ -16,8 +16,6 @@ __device__ __forceinline__ int count_active(std::uint32_t g) {
 
 __global__ void __launch_bounds__(kThreads) spread_kernel(const ForwardChunk chunk) {
   const int tile = blockIdx.x;
-  const int count = chunk.counts[tile];
-  const int padded = ceil_div(count, kUnionStep) * kUnionStep;
   const int place = chunk.place(tile);
   int active = 0;
   const int lane = threadIdx.x % kLanes;
@@ -27,10 +25,12 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(const ForwardChunk chu
     const auto* columns =
         reinterpret_cast<const uint4*>(chunk.columns) +
         half_tile * static_cast<std::size_t>(chunk.blocks) * kBlockNeurons * kLanes + lane;
-    auto* h = reinterpret_cast<uint4*>(chunk.h) + chunk.column(tile, half) * kLanes + lane;
-    auto* g =
-        reinterpret_cast<uint4*>(chunk.saved.g) + first_column(place, half, count) * kLanes + lane;
-    for (int i = threadIdx.x / kLanes; i < padded; i += kThreads / kLanes) {
+    const HalfColumns own = chunk.halves[half_tile];
+    const std::int64_t kept = chunk.kept_base(place, tile, half);
+    auto* h = reinterpret_cast<uint4*>(chunk.h) + std::int64_t{own.base} * kLanes + lane;
+    auto* g = reinterpret_cast<uint4*>(chunk.saved.g) + kept * kLanes + lane;
+    for (int i = own.first * kUnionStep + threadIdx.x / kLanes; i < own.end * kUnionStep;
+         i += kThreads / kLanes) {
       const UnionEntry entry = entries[i];
       const uint4 words =
           entry.in_half(half) ? columns[entry.source(half) * kLanes] : make_uint4(0, 0, 0, 0);

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
         const bool used = entry[b].in_half(half);
         const std::size_t half_tile = 2 * tile + half;
         const std::size_t source = half_tile * chunk.blocks * kBlockNeurons + entry[b].source(half);
-        const std::size_t position = chunk.column(tile, half) + first + b * kStride;
+        const std::int64_t position = chunk.halves[half_tile].base + first + b * kStride;
         g[b][half] = used ? chunk.columns[source * kColumnWords + lane] : 0;
         h[b][half] = used ? chunk.h[position * kColumnWords + lane] : 0;
       }

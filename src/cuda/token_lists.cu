@@ -42,11 +42,12 @@ __global__ void __launch_bounds__(kThreads)
   const int tile = half_tile / 2;
   if (static_cast<int>(blockIdx.y) >= 2 * forward.schedule->tiles) return;
   const UnionEntry* entries = forward.unions + static_cast<std::size_t>(tile) * forward.capacity;
-  const std::int64_t first = forward.column(tile, half_tile % 2);
-  const int count = forward.counts[tile];
-  for (int position = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-       position < count; position += static_cast<int>(gridDim.x) * kThreads) {
-    const int tokens = tokens_of(active[first + position]);
+  const HalfColumns half = forward.halves[half_tile];
+  const int end = min(half.end * kUnionStep, forward.counts[tile]);
+  for (int position = half.first * kUnionStep + static_cast<int>(blockIdx.x) * kThreads +
+                      static_cast<int>(threadIdx.x);
+       position < end; position += static_cast<int>(gridDim.x) * kThreads) {
+    const int tokens = tokens_of(active[half.base + position]);
     if (tokens > 0) atomicAdd(&activity[entries[position].row()], tokens);
   }
 }
@@ -125,25 +126,30 @@ __device__ __forceinline__ int union_position(const ForwardChunk& chunk, int til
   const int words = chunk.blocks * kMaskWords;
   const int word = neuron / 32;
   const std::uint32_t* masks = chunk.masks + static_cast<std::size_t>(2 * tile) * words + word;
-  const std::uint32_t used = masks[0] | masks[words];
-  const int before = chunk.word_first[tile * words + word];
-  if (((used >> (neuron % 32)) & 1u) == 0) return -1;
-  return before + __popc(used & ((1u << (neuron % 32)) - 1));
+  const UsedNeurons used(masks[0], masks[words]);
+  const WordPositions positions = chunk.words[tile * words + word];
+  const std::uint32_t bit = 1u << (neuron % 32);
+#pragma unroll
+  for (int c = 0; c < UsedNeurons::kClasses; ++c) {
+    if ((used.classes[c] & bit) != 0)
+      return positions.first[c] + __popc(used.classes[c] & (bit - 1));
+  }
+  return -1;
 }
 
 __device__ __forceinline__ void count_part(const BackwardChunk& chunk, const TokenLists& lists,
                                            int block, int half_tile) {
   const int lane = threadIdx.x % 32;
   const int tile = half_tile / 2;
-  const std::int64_t first = chunk.forward.column(tile, half_tile % 2);
+  const HalfColumns half = chunk.forward.halves[half_tile];
   ListPart part = {};
 #pragma unroll
   for (int i = 0; i < kRowNeurons / 32; ++i) {
     const int neuron = lists.neurons[block * kRowNeurons + 32 * i + lane];
     const int position = union_position(chunk.forward, tile, neuron);
     if (half_tile % 2 == 0) positions_of(lists, tile, block)[32 * i + lane] = position;
-    if (position < 0) continue;
-    const ActiveTokens tokens = lists.active[first + position];
+    if (!half.has(position)) continue;
+    const ActiveTokens tokens = lists.active[half.base + position];
     part.coefficients += tokens_of(tokens);
 #pragma unroll
     for (int s = 0; s < 2; ++s) part.tokens.words[s] |= tokens.words[s];
@@ -231,14 +237,14 @@ __device__ __forceinline__ void list_part(const BackwardChunk& chunk, const Toke
   }
 
   // How many coefficients this lane's tokens have.
-  const std::int64_t columns = chunk.forward.column(half_tile / 2, half_tile % 2);
+  const HalfColumns half = chunk.forward.halves[half_tile];
   int positions[2];
   ActiveTokens active[2];
   int counts[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     positions[i] = positions_of(lists, half_tile / 2, block)[32 * i + lane];
-    active[i] = positions[i] < 0 ? ActiveTokens{} : lists.active[columns + positions[i]];
+    active[i] = half.has(positions[i]) ? lists.active[half.base + positions[i]] : ActiveTokens{};
     std::uint32_t used = __ballot_sync(~0u, (active[i].words[0] | active[i].words[1]) != 0);
     for (; used != 0; used &= used - 1) {
       const int from = __ffs(used) - 1;
@@ -280,7 +286,8 @@ __device__ __forceinline__ void list_part(const BackwardChunk& chunk, const Toke
         from[b] = exists ? __ffs(used) - 1 : 0;
         used &= used - 1;
         const std::int64_t column =
-            (columns + __shfl_sync(~0u, positions[i], from[b])) * kColumnWords + lane;
+            (std::int64_t{half.base} + __shfl_sync(~0u, positions[i], from[b])) * kColumnWords +
+            lane;
         low[b] = exists && ((__shfl_sync(~0u, active[i].words[0], from[b]) >> lane) & 1u);
         high[b] = exists && ((__shfl_sync(~0u, active[i].words[1], from[b]) >> lane) & 1u);
         const bool any = low[b] || high[b];

@@ -85,7 +85,7 @@ struct TokenLists {
   std::int32_t* neurons;        // [blocks, 64]: those of each block; negative: none
   std::uint32_t* silent_nans;   // [N]: kNanDu, kNanH where a pair that is not active has a NaN
   std::int32_t* positions;      // [chunk tiles, blocks, 64]: in the tile's union; negative: none
-  ActiveTokens* active;         // [2 positions]: of each column
+  ActiveTokens* active;         // [room]: of each column
   ListPart* parts;              // [blocks, 2 chunk tiles]
   ListShare* shares;            // [blocks]: 0 but while a round's parts are counted
   std::int32_t* first_rows;     // [blocks]: of the round at hand

@@ -8,25 +8,26 @@
 namespace twell::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 288;  // no fewer than a forward has tiles at once, for the last CTA
 constexpr int kWarps = kThreads / 32;
 constexpr int kStepCounts = kUnionItem / kUnionStep;
 
 // The sum of `value` over the threads before this one; `total` receives that over all. All
 // threads call; `scratch`, 16-byte aligned so that its vector loads touch nothing else, may be
 // reused after the next call with the other scratch.
-__device__ __forceinline__ int exclusive_sum(int value, int (&scratch)[kWarps], int& total) {
+template <class T>
+__device__ __forceinline__ T exclusive_sum(T value, T (&scratch)[kWarps], T& total) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  int sum = value;
+  T sum = value;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, distance);
+    const T other = __shfl_up_sync(~0u, sum, distance);
     if (lane >= distance) sum += other;
   }
   if (lane == 31) scratch[warp] = sum;
   __syncthreads();
-  int before = 0;
+  T before = 0;
   total = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
@@ -47,64 +48,190 @@ __device__ __forceinline__ int sum_in_block(int value) {
   return sum - value;
 }
 
+constexpr int kClasses = UsedNeurons::kClasses;
+
+// How many neurons of each class, 21 bits each.
+using ClassCounts = unsigned long long;
+
+__device__ __forceinline__ ClassCounts count(const UsedNeurons& used) {
+  ClassCounts counts = 0;
+#pragma unroll
+  for (int c = kClasses - 1; c >= 0; --c) counts = counts << 21 | __popc(used.classes[c]);
+  return counts;
+}
+
+__device__ __forceinline__ int of_class(ClassCounts counts, int c) {
+  return static_cast<int>(counts >> (21 * c) & 0x1fffffu);
+}
+
+// Those of a word that a tile uses. Where order by half is not wanted all count as used by both.
+__device__ __forceinline__ UsedNeurons used_of(const ForwardChunk& chunk, std::uint32_t by_first,
+                                               std::uint32_t by_second) {
+  if (chunk.by_half) return {by_first, by_second};
+  return {by_first | by_second, by_first | by_second};
+}
+
+// A half that uses the positions [first, end); the last CTA gives its columns their place.
+__device__ __forceinline__ HalfColumns steps_of(int first, int end) {
+  if (first == end) return {0, 0, 0};
+  return {0, static_cast<std::uint16_t>(first / kUnionStep),
+          static_cast<std::uint16_t>(ceil_div(end, kUnionStep))};
+}
+
+// A word of the masks of a tile, and where what belongs to it begins.
+struct alignas(16) Word {
+  std::uint32_t used[2];  // by each half
+  int sources[2];         // columns of each half
+  int positions[kClasses];
+};
+
+// Writes the entry of the `bit`th neuron of a word, if a half uses it.
+__device__ __forceinline__ void write_entry(const ForwardChunk& chunk, UnionEntry* out,
+                                            const Word& word, int index, int bit) {
+  const std::uint32_t below = (1u << bit) - 1;
+  UnionEntry entry = {static_cast<std::uint32_t>(index * 32 + bit), 0};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (((word.used[half] >> bit) & 1u) == 0) continue;
+    entry.neuron |= 1u << (16 + half);
+    entry.sources |= (word.sources[half] + __popc(word.used[half] & below)) << (16 * half);
+  }
+  const UsedNeurons neurons = used_of(chunk, word.used[0], word.used[1]);
+#pragma unroll
+  for (int c = 0; c < kClasses; ++c) {
+    if (((neurons.classes[c] >> bit) & 1u) == 0) continue;
+    out[word.positions[c] + __popc(neurons.classes[c] & below)] = entry;
+  }
+}
+
+// Those of 32 words, one in each lane: lane by lane if there are few, else word by word with a
+// neuron for each lane, so that neighbours are written together.
+__device__ __forceinline__ void write_entries(const ForwardChunk& chunk, UnionEntry* out,
+                                              const Word& own, int index, Word (&shared)[32]) {
+  constexpr int kFew = 8 * 32;
+  const int lane = threadIdx.x % 32;
+  std::uint32_t used = own.used[0] | own.used[1];
+  if (__reduce_add_sync(~0u, __popc(used)) <= kFew) {
+    for (; used != 0; used &= used - 1) write_entry(chunk, out, own, index, __ffs(used) - 1);
+    return;
+  }
+  shared[lane] = own;
+  __syncwarp();
+#pragma unroll 4
+  for (int i = 0; i < 32; ++i) write_entry(chunk, out, shared[i], index - lane + i, lane);
+  __syncwarp();
+}
+
 __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile) {
-  alignas(16) __shared__ int scratch[2][kWarps];
+  alignas(16) __shared__ ClassCounts scratch[2][kWarps];
+  __shared__ Word shared[kWarps][32];
   const int words = chunk.blocks * kMaskWords;
   const std::uint32_t* masks = chunk.masks + static_cast<std::size_t>(2 * tile) * words;
   UnionEntry* out = chunk.unions + static_cast<std::size_t>(tile) * chunk.capacity;
-  int count = 0;
-  int turn = 0;
-  for (int first = 0; first < words; first += kThreads, turn ^= 1) {
-    const int word = first + static_cast<int>(threadIdx.x);
-    std::uint32_t used[2] = {0, 0};
+  const auto load = [&](int word) {
+    Word own = {};
     if (word < words) {
-      used[0] = masks[word];
-      used[1] = masks[words + word];
+      own.used[0] = masks[word];
+      own.used[1] = masks[words + word];
     }
-    const int block = word / kMaskWords;
-    const int source[2] = {block * kBlockNeurons + sum_in_block(__popc(used[0])),
-                           block * kBlockNeurons + sum_in_block(__popc(used[1]))};
-    int total;
-    int position = count + exclusive_sum(__popc(used[0] | used[1]), scratch[turn], total);
-    if (chunk.word_first && word < words) chunk.word_first[tile * words + word] = position;
-    for (std::uint32_t rest = used[0] | used[1]; rest != 0; rest &= rest - 1) {
-      const int bit = __ffs(rest) - 1;
-      const std::uint32_t below = (1u << bit) - 1;
-      UnionEntry entry;
-      entry.neuron = word * 32 + bit;
-      entry.sources = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if ((used[half] >> bit) & 1u) {
-          entry.neuron |= 1u << (16 + half);
-          entry.sources |= (source[half] + __popc(used[half] & below)) << (16 * half);
-        }
-      }
-      out[position++] = entry;
+    return own;
+  };
+  const auto count_of = [&](const Word& word) {
+    return count(used_of(chunk, word.used[0], word.used[1]));
+  };
+  Word own = load(threadIdx.x);
+  ClassCounts here;
+  ClassCounts before = exclusive_sum(count_of(own), scratch[0], here);
+  ClassCounts all = here;
+  if (words > kThreads) {
+    ClassCounts others = 0;
+    for (int word = kThreads + threadIdx.x; word < words; word += kThreads) {
+      others += count_of(load(word));
     }
-    count += total;
+    exclusive_sum(others, scratch[1], others);
+    all += others;
   }
-  const int padded = ceil_div(count, kUnionStep) * kUnionStep;
-  if (count + static_cast<int>(threadIdx.x) < padded) out[count + threadIdx.x] = UnionEntry{0, 0};
-  if (threadIdx.x == 0) chunk.counts[tile] = count;
+  const int first_shared = of_class(all, 0);
+  const int end_shared = first_shared + of_class(all, 1);
+  const int total = end_shared + of_class(all, 2);
+  int next[kClasses] = {0, first_shared, end_shared};  // positions
+  int turn = 0;
+#pragma unroll 1
+  for (int first = 0; first < words; first += kThreads) {
+    const int word = first + static_cast<int>(threadIdx.x);
+    if (first > 0) {
+      own = load(word);
+      before = exclusive_sum(count_of(own), scratch[turn], here);
+      turn ^= 1;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      own.sources[half] = word / kMaskWords * kBlockNeurons + sum_in_block(__popc(own.used[half]));
+    }
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+      own.positions[c] = next[c] + of_class(before, c);
+      next[c] += of_class(here, c);
+      if (chunk.words && word < words) {
+        chunk.words[tile * words + word].first[c] = static_cast<std::uint16_t>(own.positions[c]);
+      }
+    }
+    write_entries(chunk, out, own, word, shared[threadIdx.x / 32]);
+  }
+  const int padded = ceil_div(total, kUnionStep) * kUnionStep;
+  if (total + static_cast<int>(threadIdx.x) < padded) out[total + threadIdx.x] = UnionEntry{0, 0};
+  if (threadIdx.x != 0) return;
+  chunk.counts[tile] = total;
+  chunk.halves[2 * tile] = steps_of(0, end_shared);
+  chunk.halves[2 * tile + 1] = steps_of(first_shared, total);
+}
+
+// What the schedules need of a tile.
+struct TileWork {
+  int count;
+  bool anew;
+  HalfColumns halves[2];
+
+  __device__ int steps() const { return ceil_div(count, kUnionStep); }
+  __device__ int columns() const { return (halves[0].steps() + halves[1].steps()) * kUnionStep; }
+};
+
+__device__ __forceinline__ TileWork work_of(const ForwardChunk& chunk, int tile) {
+  const int4 halves = __ldcg(reinterpret_cast<const int4*>(chunk.halves) + tile);
+  const bool anew = chunk.half_places && chunk.kept_place(tile) < 0;
+  return {__ldcg(&chunk.counts[tile]),
+          anew,
+          {__builtin_bit_cast(HalfColumns, make_int2(halves.x, halves.y)),
+           __builtin_bit_cast(HalfColumns, make_int2(halves.z, halves.w))}};
 }
 
 // How many steps the largest items have: as many as they may, unless the multiprocessors, each of
 // which takes every so-manieth item, longest first, would be done sooner with smaller ones. An item
 // costs a step more than it has, for its tokens.
-__device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const int* counts,
+__device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const TileWork* work,
                                             int tiles) {
   __shared__ int items[kStepCounts][kStepCounts];  // [most - 1, steps - 1]
   __shared__ int costs[kStepCounts];
   if (chunk.multiprocessors == 0) return kStepCounts;
   if (threadIdx.x < kStepCounts * kStepCounts) (&items[0][0])[threadIdx.x] = 0;
   __syncthreads();
+  int mine[kStepCounts][kStepCounts] = {};
   for (int tile = threadIdx.x; tile < tiles; tile += kThreads) {
-    const int all = ceil_div(counts[tile], kUnionStep);
+    const int all = work[tile].steps();
 #pragma unroll
     for (int most = 1; most <= kStepCounts; ++most) {
-      if (all >= most) atomicAdd(&items[most - 1][most - 1], all / most);
-      if (all % most != 0) atomicAdd(&items[most - 1][all % most - 1], 1);
+#pragma unroll
+      for (int steps = 1; steps <= most; ++steps) {
+        mine[most - 1][steps - 1] += steps == most ? all / most : all % most == steps;
+      }
+    }
+  }
+#pragma unroll
+  for (int most = 1; most <= kStepCounts; ++most) {
+#pragma unroll
+    for (int steps = 1; steps <= most; ++steps) {
+      const int sum = __reduce_add_sync(~0u, mine[most - 1][steps - 1]);
+      if (threadIdx.x % 32 == 0) atomicAdd(&items[most - 1][steps - 1], sum);
     }
   }
   __syncthreads();
@@ -131,15 +258,8 @@ __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const int
 // Items of tiles whose g and u must be made anew, then all others, each longest first, and tiles by
 // falling count; ties by index, so that it is deterministic.
 __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedule& round,
-                                               int first_tile, int tiles) {
-  __shared__ int counts[kMaxChunkTiles];  // of the round's tiles
+                                               const TileWork* work, int first_tile, int tiles) {
   alignas(16) __shared__ int scratch[2][kWarps];
-  const bool backward = chunk.half_places != nullptr;
-  for (int i = threadIdx.x; i < tiles; i += kThreads) {
-    counts[i] = __ldcg(&chunk.counts[first_tile + i]);
-  }
-  __syncthreads();
-
   if (threadIdx.x == 0) {
     round.first_tile = first_tile;
     round.tiles = tiles;
@@ -148,103 +268,102 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedu
     if (threadIdx.x == 0) round.item_count = round.anew = 0;
     return;
   }
-  const int most = choose_steps(chunk, counts, tiles);
+  const int most = choose_steps(chunk, work, tiles);
   int items = 0;
   int turn = 0;
   const auto append = [&](int steps, bool anew) {
     for (int first = 0; first < tiles; first += kThreads, turn ^= 1) {
       const int i = first + static_cast<int>(threadIdx.x);
-      const int tile = first_tile + i;
-      const bool takes = i < tiles && (backward && chunk.kept_place(tile) < 0) == anew;
-      const int all = takes ? ceil_div(counts[i], kUnionStep) : 0;
+      const bool takes = i < tiles && work[i].anew == anew;
+      const int all = takes ? work[i].steps() : 0;
       const int whole = all / most;
       const bool has_rest = steps < most && all % most == steps;
       const int mine = steps == most ? whole : has_rest;
       int total;
-      int at = items + exclusive_sum(mine, scratch[turn], total);
+      const int at = items + exclusive_sum(mine, scratch[turn], total);
       for (int k = 0; k < mine; ++k) {
-        UnionItem& item = round.items[at + k];
-        item.tile = tile;
-        item.first = (has_rest ? whole : k) * most;
-        item.steps = steps - 1;
+        round.items[at + k] = {first_tile + i, (has_rest ? whole : k) * most, steps,
+                               work[i].halves[0], work[i].halves[1]};
       }
       items += total;
     }
   };
-  for (int steps = most; backward && steps > 0; --steps) append(steps, true);
+  for (int steps = most; chunk.half_places && steps > 0; --steps) append(steps, true);
   if (threadIdx.x == 0) round.anew = items;
   for (int steps = most; steps > 0; --steps) append(steps, false);
   if (threadIdx.x == 0) round.item_count = items;
 
   for (int i = threadIdx.x; i < tiles; i += kThreads) {
+    const int count = work[i].count;
     int rank = 0;
+#pragma unroll 8
     for (int other = 0; other < tiles; ++other) {
-      rank += counts[other] > counts[i] || (counts[other] == counts[i] && other < i);
+      rank += work[other].count > count - (other < i);  // or as many and before
     }
     chunk.order[first_tile + rank] = first_tile + i;
   }
   __syncthreads();
 }
 
-// Each round takes tiles, one after the other, as long as their positions find room and until it
+// Each round takes tiles, one after the other, as long as their columns find room and until it
 // has its share of as few rounds as may do. That is never more rounds than if each took only the
 // tiles that find room with all neurons in use.
-__device__ __forceinline__ void write_rounds(const ForwardChunk& chunk) {
+__device__ __forceinline__ void write_rounds(const ForwardChunk& chunk, const TileWork* work) {
   alignas(16) __shared__ int scratch[2][kWarps];
-  const auto padded = [&](int tile) {
-    const int count = tile < chunk.tiles ? __ldcg(&chunk.counts[tile]) : 0;
-    return ceil_div(count, kUnionStep) * kUnionStep;
-  };
   int mine = 0;
-  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) mine += padded(tile);
+  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) mine += work[tile].columns();
   int all;
   exclusive_sum(mine, scratch[1], all);
-  const int share = ceil_div(all, max(1, ceil_div(all, chunk.positions)));
+  const int share = ceil_div(all, max(1, ceil_div(all, chunk.room)));
 
   int next = 0;  // tile
   for (int i = 0; i < chunk.rounds; ++i) {
     const int first = next;
-    int taken = 0;  // positions
+    int taken = 0;  // columns
     int fitting = next < chunk.tiles ? kThreads : 0;
     while (fitting == kThreads) {
       const int tile = next + static_cast<int>(threadIdx.x);
-      const int own = padded(tile);
+      const int own = tile < chunk.tiles ? work[tile].columns() : 0;
       int total;
-      const int position = taken + exclusive_sum(own, scratch[0], total);
-      const bool fits =
-          tile < chunk.tiles && position <= share && position + own <= chunk.positions;
-      if (fits) chunk.first_positions[tile] = position;
-      exclusive_sum(fits, scratch[1], fitting);
+      const int column = taken + exclusive_sum(own, scratch[0], total);
+      const bool fits = tile < chunk.tiles && column <= share && column + own <= chunk.room;
+      if (fits) {
+        const HalfColumns(&halves)[2] = work[tile].halves;
+        const int second = column + (halves[0].end - halves[1].first) * kUnionStep;
+        chunk.halves[2 * tile] = {column, halves[0].first, halves[0].end};
+        chunk.halves[2 * tile + 1] = {second, halves[1].first, halves[1].end};
+      }
+      exclusive_sum<int>(fits, scratch[1], fitting);
       taken += total;
       next += fitting;
     }
-    write_schedule(chunk, chunk.schedule_of(i), first, next - first);
+    write_schedule(chunk, chunk.schedule_of(i), work + first, first, next - first);
   }
 }
 
 // One tile after the other, from where the chunk before ended, so that it is deterministic.
-__device__ __forceinline__ void write_places(const ForwardChunk& chunk) {
+__device__ __forceinline__ void write_places(const ForwardChunk& chunk, const TileWork* work) {
   alignas(16) __shared__ int scratch[2][kWarps];
   const SavedColumns& saved = chunk.saved;
   int taken = saved.first ? 0 : *saved.taken;
   int turn = 0;
   for (int first = 0; first < chunk.tiles; first += kThreads, turn ^= 1) {
     const int tile = first + static_cast<int>(threadIdx.x);
-    const int count = tile < chunk.tiles ? __ldcg(&chunk.counts[tile]) : 0;
-    const int padded = ceil_div(count, kUnionStep) * kUnionStep;
+    const int own = tile < chunk.tiles ? work[tile].columns() : 0;
     int total;
-    const int before = taken + exclusive_sum(padded, scratch[turn], total);
-    const int place = min(before, saved.positions);
-    if (tile < chunk.tiles) saved.places[tile] = place + padded <= saved.positions ? place : -1;
-    taken = min(taken + total, saved.positions);
+    const int before = taken + exclusive_sum(own, scratch[turn], total);
+    const int place = min(before, saved.room);
+    if (tile < chunk.tiles) saved.places[tile] = place + own <= saved.room ? place : -1;
+    taken = min(taken + total, saved.room);
   }
   if (threadIdx.x != 0) return;
   *saved.taken = taken;
   if (saved.active && saved.first) *saved.active = 0;
 }
 
-__global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chunk) {
+__global__ void __launch_bounds__(kThreads, 2) unions_kernel(const ForwardChunk chunk) {
   __shared__ bool last;
+  __shared__ TileWork work[kMaxChunkTiles];
   write_union(chunk, blockIdx.x);
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -254,8 +373,12 @@ __global__ void __launch_bounds__(kThreads) unions_kernel(const ForwardChunk chu
   }
   __syncthreads();
   if (!last) return;
-  write_rounds(chunk);
-  if (chunk.saved.places) write_places(chunk);
+  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
+    work[tile] = work_of(chunk, tile);
+  }
+  __syncthreads();
+  write_rounds(chunk, work);
+  if (chunk.saved.places) write_places(chunk, work);
 }
 
 }  // namespace

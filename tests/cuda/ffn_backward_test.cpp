@@ -91,7 +91,7 @@ TEST_F(CudaBackward, IsDenseFromOneActivePairTooMany) {
     check(full, "as many as there is room for", 128);
     check(over, "one more", 128);
     for (const Device& device : devices) {
-      if (!cuda::takes_token_lists(device)) continue;
+      if (!cuda::is_hopper(device)) continue;
       for (const auto& [block, entries] : {std::pair(&full, 300 * 8), std::pair(&over, 0)}) {
         TrainingCall call(training_plan(block->problem, device, 128), *block);
         ASSERT_TRUE(call.run().ok());
@@ -324,7 +324,7 @@ TEST_F(CudaBackward, SpreadsNanOfSilentPairs) {
         TrainingCall call(training_plan(block.problem, device, 0, kKeepAll), block);
         ASSERT_TRUE(call.run().ok());
         expect_same_classes(call, want);
-        if (cuda::takes_token_lists(device)) {
+        if (cuda::is_hopper(device)) {
           EXPECT_GT(list_entries(call), 0);
         }
       }
@@ -344,7 +344,7 @@ TEST_F(CudaBackward, SpreadsNanOfManyTokens) {
       TrainingCall call(training_plan(block.problem, device, 128), block);
       ASSERT_TRUE(call.run().ok());
       expect_same_classes(call, want);
-      if (cuda::takes_token_lists(device)) {
+      if (cuda::is_hopper(device)) {
         EXPECT_EQ(list_entries(call), 0);
       }
     }
@@ -361,7 +361,7 @@ TEST_F(CudaBackward, KeepsNanInDenseSums) {
       TrainingCall call(training_plan(block.problem, device, 128), block);
       ASSERT_TRUE(call.run().ok());
       expect_same_classes(call, want);
-      if (cuda::takes_token_lists(device)) {
+      if (cuda::is_hopper(device)) {
         EXPECT_EQ(list_entries(call), 0);
       }
     }
@@ -384,7 +384,7 @@ TEST_F(CudaBackward, SpreadsNanOfADecidingWeight) {
     TrainingBlock alone(kind, 150, 24, 72, 0);
     alone.set_bias(40, std::numeric_limits<float>::quiet_NaN());
     for (const Device& device : devices) {
-      if (!cuda::takes_token_lists(device)) continue;
+      if (!cuda::is_hopper(device)) continue;
       TrainingCall call(training_plan(alone.problem, device), alone);
       ASSERT_TRUE(call.run().ok());
       EXPECT_EQ(list_entries(call), 150);

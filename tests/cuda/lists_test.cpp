@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <random>
 #include <set>
@@ -19,6 +20,16 @@ namespace twell::cuda {
 namespace {
 
 constexpr bf16 kPoison = {0xFFFF};
+
+// Of a tile, and which of its steps of 64 each half uses.
+struct Union {
+  std::vector<int> neurons;
+  int first[2] = {0, 0}, end[2] = {0, 0};
+
+  int steps() const { return ceil_div(static_cast<int>(neurons.size()), kUnionStep); }
+  int columns(int half) const { return (end[half] - first[half]) * kUnionStep; }
+  int columns() const { return columns(0) + columns(1); }
+};
 
 // What a gate projection leaves: g [tokens, neurons], positive at about `density` of the places of
 // every third block of neurons and at half as many elsewhere.
@@ -77,10 +88,23 @@ struct Columns {
     }
     return false;
   }
-  std::vector<int> union_of(int tile) const {
-    std::vector<int> out;
+  // Of a tile, in ascending order or by half: of the first alone, of both, of the second alone.
+  Union union_of(int tile, bool by_half) const {
+    std::vector<int> classes[3];
     for (int n = 0; n < neurons; ++n) {
-      if (used(2 * tile, n) || used(2 * tile + 1, n)) out.push_back(n);
+      const bool first = used(2 * tile, n), second = used(2 * tile + 1, n);
+      if (first || second) classes[!by_half || (first && second) ? 1 : first ? 0 : 2].push_back(n);
+    }
+    Union out;
+    for (const auto& some : classes)
+      out.neurons.insert(out.neurons.end(), some.begin(), some.end());
+    const int alone = static_cast<int>(classes[0].size());
+    const int shared = static_cast<int>(classes[1].size());
+    const int all = static_cast<int>(out.neurons.size());
+    if (alone + shared > 0) out.end[0] = ceil_div(alone + shared, kUnionStep);
+    if (all > alone) {
+      out.first[1] = alone / kUnionStep;
+      out.end[1] = ceil_div(all, kUnionStep);
     }
     return out;
   }
@@ -88,17 +112,17 @@ struct Columns {
 
 // What the kernel of the unions reads and writes, but for the schedules.
 struct UnionBuffers {
-  DeviceBuffer masks, unions, counts, order, first_positions;
+  DeviceBuffer masks, unions, counts, halves, order;
 
   explicit UnionBuffers(const Columns& host)
       : masks(host.masks),
         unions(host.tiles * host.capacity * sizeof(UnionEntry)),
         counts(host.tiles * 4),
-        order(host.tiles * 4),
-        first_positions(host.tiles * 4) {}
+        halves(2 * host.tiles * sizeof(HalfColumns)),
+        order(host.tiles * 4) {}
 
   // With room for the columns of all tiles at once.
-  ForwardChunk chunk(const Columns& host) const {
+  ForwardChunk chunk(const Columns& host, bool by_half) const {
     ForwardChunk chunk = {};
     chunk.tokens = host.tokens;
     chunk.tiles = host.tiles;
@@ -108,36 +132,52 @@ struct UnionBuffers {
     chunk.masks = masks.as<std::uint32_t>();
     chunk.unions = unions.as<UnionEntry>();
     chunk.counts = counts.as<std::int32_t>();
-    chunk.first_positions = first_positions.as<std::int32_t>();
-    chunk.positions = host.tiles * host.capacity;
+    chunk.halves = halves.as<HalfColumns>();
+    chunk.by_half = by_half;
+    chunk.room = 2 * host.tiles * host.capacity;
     chunk.rounds = 1;
     chunk.order = order.as<std::int32_t>();
     return chunk;
   }
 
   void expect_guards_intact() const {
-    for (const DeviceBuffer* buffer : {&unions, &counts, &order, &first_positions}) {
+    for (const DeviceBuffer* buffer : {&unions, &counts, &halves, &order}) {
       EXPECT_TRUE(buffer->guard_intact());
     }
   }
 };
 
-class CudaLists : public GpuTest, public ::testing::WithParamInterface<std::tuple<int, double>> {
+// Of a schedule as words.
+UnionItem item_at(const std::int32_t* schedule, int index) {
+  return std::bit_cast<UnionItem>(schedule[kScheduleHeader / 4 + index]);
+}
+
+class CudaLists : public GpuTest,
+                  public ::testing::WithParamInterface<std::tuple<int, double, bool>> {
  protected:
-  int padded_count(int tile) const {
-    return ceil_div(static_cast<int>(host.union_of(tile).size()), kUnionStep) * kUnionStep;
+  void SetUp() override {
+    GpuTest::SetUp();
+    for (int tile = 0; tile < host.tiles; ++tile) {
+      unions.push_back(host.union_of(tile, std::get<2>(GetParam())));
+    }
   }
+  ForwardChunk chunk_of(const UnionBuffers& buffers) const {
+    return buffers.chunk(host, std::get<2>(GetParam()));
+  }
+  int items_of(int tile) const { return ceil_div(unions[tile].steps(), kUnionItem / kUnionStep); }
 
   std::size_t schedule_words() const {
     return kScheduleHeader / 4 + host.tiles * host.capacity / kUnionStep;
   }
 
   const Columns host{300, std::get<0>(GetParam()), std::get<1>(GetParam())};
+  std::vector<Union> unions;
 };
 
-INSTANTIATE_TEST_SUITE_P(NeuronsAndDensity, CudaLists,
-                         ::testing::Combine(::testing::Values(8, 264, 1000, 2504),
-                                            ::testing::Values(0.0, 0.002, 0.1, 1.0)));
+INSTANTIATE_TEST_SUITE_P(NeuronsDensityAndOrder, CudaLists,
+                         ::testing::Combine(::testing::Values(8, 264, 1000, 9000),
+                                            ::testing::Values(0.0, 0.002, 0.01, 0.1, 1.0),
+                                            ::testing::Bool()));
 
 TEST_P(CudaLists, MatchTheColumns) {
   const std::size_t halves = 2 * host.tiles;
@@ -147,7 +187,7 @@ TEST_P(CudaLists, MatchTheColumns) {
   const DeviceBuffer h(halves * host.capacity * kHalfTokens * sizeof(bf16));
   const DeviceBuffer activity(std::vector<std::int32_t>(host.neurons, 0));
   const DeviceBuffer partial_l1(host.tiles * kStatsParts * 4), l0(8), l1(4);
-  ForwardChunk chunk = buffers.chunk(host);
+  ForwardChunk chunk = chunk_of(buffers);
   chunk.columns = columns.as<std::uint32_t>();
   chunk.schedule = schedule.as<Schedule>();
   chunk.h = h.as<std::uint32_t>();
@@ -167,34 +207,46 @@ TEST_P(CudaLists, MatchTheColumns) {
 
   const auto got_unions = buffers.unions.download<UnionEntry>();
   const auto got_counts = buffers.counts.download<std::int32_t>();
+  const auto got_halves = buffers.halves.download<HalfColumns>();
   const auto got_h = h.download<bf16>();
   using Item = std::tuple<int, int, int>;  // tile, first, steps
   std::vector<Item> want_items;
-  int position = 0;  // the tile's first in h
-  for (int tile = 0; tile < host.tiles; position += padded_count(tile++)) {
-    const std::vector<int> want = host.union_of(tile);
-    const int count = static_cast<int>(want.size());
+  int next = 0;  // column of h
+  for (int tile = 0; tile < host.tiles; ++tile) {
+    const Union& want = unions[tile];
+    const int count = static_cast<int>(want.neurons.size());
     ASSERT_EQ(got_counts[tile], count);
-    const int steps = ceil_div(count, kUnionStep);
-    for (int step = 0; step < steps; step += 4) {
-      want_items.emplace_back(tile, step, std::min(steps - step, 4) - 1);
+    for (int step = 0; step < want.steps(); step += 4) {
+      want_items.emplace_back(tile, step, std::min(want.steps() - step, 4));
     }
-    for (int i = 0; i < steps * kUnionStep; ++i) {
+    for (int i = 0; i < want.steps() * kUnionStep; ++i) {
       const UnionEntry entry = got_unions[tile * host.capacity + i];
       EXPECT_EQ(entry.in_use(), i < count);
-      for (int half = 0; half < 2; ++half) {
-        const bool used = i < count && host.used(2 * tile + half, want[i]);
-        EXPECT_EQ(entry.in_half(half), used);
+      if (i < count) {
+        EXPECT_EQ(entry.row(), static_cast<std::uint32_t>(want.neurons[i]));
+      }
+    }
+    for (int half = 0; half < 2; next += want.columns(half++)) {
+      const HalfColumns got = got_halves[2 * tile + half];
+      ASSERT_EQ(got.first, want.first[half]);
+      ASSERT_EQ(got.end, want.end[half]);
+      if (want.columns(half) > 0) {
+        ASSERT_EQ(got.base + want.first[half] * kUnionStep, next);
+      }
+      for (int i = 0; i < want.steps() * kUnionStep; ++i) {
+        const bool used = i < count && host.used(2 * tile + half, want.neurons[i]);
+        EXPECT_EQ(got_unions[tile * host.capacity + i].in_half(half), used);
+        if (!got.has(i)) {
+          EXPECT_FALSE(used);
+          continue;
+        }
         for (int t = 0; t < kHalfTokens; ++t) {
           const int token = tile * kTileTokens + half * kHalfTokens + t;
-          const std::size_t column = 2 * position + half * steps * kUnionStep + i;
+          const std::size_t column = got.base + i;
           ASSERT_EQ(got_h[column * kHalfTokens + Columns::element_of(t)].bits,
-                    used ? host.at(token, want[i]).bits : 0)
+                    used ? host.at(token, want.neurons[i]).bits : 0)
               << "tile " << tile << " position " << i << " token " << t;
         }
-      }
-      if (i < count) {
-        EXPECT_EQ(entry.row(), static_cast<std::uint32_t>(want[i]));
       }
     }
   }
@@ -204,8 +256,16 @@ TEST_P(CudaLists, MatchTheColumns) {
   ASSERT_EQ(words[0], static_cast<int>(want_items.size()));
   std::vector<Item> items;
   for (int i = 0; i < words[0]; ++i) {
-    const auto word = static_cast<std::uint32_t>(words[kScheduleHeader / 4 + i]);
-    items.emplace_back(word & 0xffffu, word >> 16 & 0xfffu, word >> 28);
+    const UnionItem item = item_at(words.data(), i);
+    items.emplace_back(item.tile(), item.first(), item.steps());
+    for (int half = 0; half < 2; ++half) {
+      const UnionItem::Part part = item.part(half);
+      const Union& want = unions[item.tile()];
+      for (int step = 0; step < item.steps(); ++step) {
+        const int of_union = item.first() + step;
+        EXPECT_EQ(part.has(step), of_union >= want.first[half] && of_union < want.end[half]);
+      }
+    }
     if (i > 0) {
       EXPECT_LE(std::get<2>(items[i]), std::get<2>(items[i - 1]));
     }
@@ -234,22 +294,22 @@ TEST_P(CudaLists, MatchTheColumns) {
 
 // Two chunks, the second of the same tiles as the first, with room for all or for some.
 TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
-  int padded = 0;  // of all tiles
-  for (int tile = 0; tile < host.tiles; ++tile) padded += padded_count(tile);
-  for (const int positions : {2 * padded, padded + padded_count(0), padded / 2, 0}) {
-    SCOPED_TRACE(std::to_string(positions) + " positions");
+  int all = 0;
+  for (const Union& tile : unions) all += tile.columns();
+  for (const int room : {2 * all, all + unions[0].columns(), all / 2, 0}) {
+    SCOPED_TRACE(std::to_string(room) + " columns");
     const UnionBuffers buffers(host);
     const DeviceBuffer columns(host.columns);
     const DeviceBuffer h(2 * host.tiles * host.capacity * kHalfTokens * sizeof(bf16));
-    const DeviceBuffer kept(2 * positions * kHalfTokens * sizeof(bf16));
+    const DeviceBuffer kept(room * kHalfTokens * sizeof(bf16));
     const DeviceBuffer places(2 * host.tiles * 4), taken(4), active(8);
-    ForwardChunk chunk = buffers.chunk(host);
+    ForwardChunk chunk = chunk_of(buffers);
     chunk.columns = columns.as<std::uint32_t>();
     chunk.h = h.as<std::uint32_t>();
     chunk.saved.g = kept.as<std::uint32_t>();
     chunk.saved.taken = taken.as<std::int32_t>();
     chunk.saved.active = active.as<unsigned long long>();
-    chunk.saved.positions = positions;
+    chunk.saved.room = room;
     for (const int pass : {0, 1}) {
       const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
       chunk.schedule = schedule.as<Schedule>();
@@ -268,21 +328,18 @@ TEST_P(CudaLists, KeepColumnsWhereThereIsRoom) {
     const auto is_active = [](bf16 value) { return value.bits != 0; };
     EXPECT_EQ(active.download<std::int64_t>()[0],
               2 * std::count_if(host.g.begin(), host.g.end(), is_active));
-    const auto first_positions = buffers.first_positions.download<std::int32_t>();
+    const auto halves = buffers.halves.download<HalfColumns>();
     int next = 0;
     for (int i = 0; i < 2 * host.tiles; ++i) {
       const int tile = i % host.tiles;
-      const int count = padded_count(tile);
-      ASSERT_EQ(got_places[i], next + count <= positions ? next : -1) << i;
-      for (int half = 0; got_places[i] >= 0 && half < 2; ++half) {
-        const std::size_t column = 2 * next + half * count;
-        const std::size_t source = 2 * first_positions[tile] + half * count;
-        for (int e = 0; e < count * kHalfTokens; ++e) {
-          ASSERT_EQ(got_kept[column * kHalfTokens + e].bits, got_h[source * kHalfTokens + e].bits)
-              << "tile " << i << " half " << half << " element " << e;
-        }
+      const int count = unions[tile].columns();
+      ASSERT_EQ(got_places[i], next + count <= room ? next : -1) << i;
+      const std::size_t source = halves[2 * tile].base;
+      for (int e = 0; got_places[i] >= 0 && e < count * kHalfTokens; ++e) {
+        ASSERT_EQ(got_kept[next * kHalfTokens + e].bits, got_h[source * kHalfTokens + e].bits)
+            << "tile " << i << " element " << e;
       }
-      next = std::min(next + count, positions);
+      next = std::min(next + count, room);
     }
   }
 }
@@ -292,7 +349,7 @@ TEST_P(CudaLists, ScheduleWhatIsMadeAnewFirst) {
   const UnionBuffers buffers(host);
   const DeviceBuffer schedule(std::vector<std::int32_t>(schedule_words(), 0));
   const DeviceBuffer half_places(std::vector<std::int32_t>{0, 0, 64, -1, -1, 64});
-  ForwardChunk chunk = buffers.chunk(host);
+  ForwardChunk chunk = chunk_of(buffers);
   chunk.schedule = schedule.as<Schedule>();
   chunk.half_places = half_places.as<std::int32_t>();
   ASSERT_TRUE(launch_unions(chunk, nullptr).ok());
@@ -300,13 +357,12 @@ TEST_P(CudaLists, ScheduleWhatIsMadeAnewFirst) {
   EXPECT_TRUE(schedule.guard_intact());
 
   ASSERT_EQ(host.tiles, 3);
-  const auto items_of = [&](int tile) { return ceil_div(padded_count(tile), kUnionItem); };
   const int anew = items_of(1) + items_of(2);
   const auto words = schedule.download<std::int32_t>();
   ASSERT_EQ(words[0], anew + items_of(0));
   EXPECT_EQ(words[2], anew);
   for (int i = 0; i < words[0]; ++i) {
-    EXPECT_EQ((words[kScheduleHeader / 4 + i] & 0xffff) != 0, i < anew) << i;
+    EXPECT_EQ(item_at(words.data(), i).tile() != 0, i < anew) << i;
   }
 }
 
@@ -314,11 +370,11 @@ TEST_P(CudaLists, ScheduleWhatIsMadeAnewFirst) {
 // there are too few for all.
 TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
   const UnionBuffers buffers(host);
-  ForwardChunk chunk = buffers.chunk(host);
+  ForwardChunk chunk = chunk_of(buffers);
   int all_steps = 0, fewest = 0;
   for (int tile = 0; tile < host.tiles; ++tile) {
-    all_steps += padded_count(tile) / kUnionStep;
-    fewest += ceil_div(padded_count(tile), kUnionItem);
+    all_steps += unions[tile].steps();
+    fewest += items_of(tile);
   }
   for (const int multiprocessors : {1, 4, 16, 132}) {
     SCOPED_TRACE(multiprocessors);
@@ -330,16 +386,15 @@ TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
     EXPECT_TRUE(schedule.guard_intact());
     const auto words = schedule.download<std::int32_t>();
     std::set<std::pair<int, int>> pieces;  // tile, step
-    std::uint32_t steps = 4;
+    int steps = kUnionItem / kUnionStep;
     for (int i = 0; i < words[0]; ++i) {
-      const auto word = static_cast<std::uint32_t>(words[kScheduleHeader / 4 + i]);
-      EXPECT_LE((word >> 28) + 1, steps);
-      steps = (word >> 28) + 1;
-      for (std::uint32_t step = 0; step < steps; ++step) {
-        const int tile = word & 0xffffu, first = word >> 16 & 0xfffu;
-        ASSERT_LT(tile, host.tiles);
-        EXPECT_LT(first + step, padded_count(tile) / kUnionStep);
-        EXPECT_TRUE(pieces.emplace(tile, first + step).second);
+      const UnionItem item = item_at(words.data(), i);
+      EXPECT_LE(item.steps(), steps);
+      steps = item.steps();
+      ASSERT_LT(item.tile(), host.tiles);
+      for (int step = item.first(); step < item.first() + steps; ++step) {
+        EXPECT_LT(step, unions[item.tile()].steps());
+        EXPECT_TRUE(pieces.emplace(item.tile(), step).second);
       }
     }
     EXPECT_EQ(static_cast<int>(pieces.size()), all_steps);
@@ -357,18 +412,18 @@ TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
 TEST_P(CudaLists, CutTheTilesIntoRounds) {
   const UnionBuffers buffers(host);
   int most = kUnionStep, all = 0;
-  for (int tile = 0; tile < host.tiles; ++tile) {
-    most = std::max(most, padded_count(tile));
-    all += padded_count(tile);
+  for (const Union& tile : unions) {
+    most = std::max(most, tile.columns());
+    all += tile.columns();
   }
-  for (const int positions : {most, most + padded_count(0), host.tiles * host.capacity}) {
-    SCOPED_TRACE(std::to_string(positions) + " positions");
+  for (const int room : {most, most + unions[0].columns(), 2 * host.tiles * host.capacity}) {
+    SCOPED_TRACE(std::to_string(room) + " columns");
     const int rounds = host.tiles + 1;
-    const int share = all > 0 ? ceil_div(all, ceil_div(all, positions)) : 0;
+    const int share = all > 0 ? ceil_div(all, ceil_div(all, room)) : 0;
     const std::size_t words = schedule_words() + 2;
     const DeviceBuffer schedules(std::vector<std::int32_t>(rounds * words, 0));
-    ForwardChunk chunk = buffers.chunk(host);
-    chunk.positions = positions;
+    ForwardChunk chunk = chunk_of(buffers);
+    chunk.room = room;
     chunk.rounds = rounds;
     chunk.schedule = schedules.as<Schedule>();
     chunk.schedule_bytes = static_cast<int>(words * 4);
@@ -378,7 +433,7 @@ TEST_P(CudaLists, CutTheTilesIntoRounds) {
     EXPECT_TRUE(schedules.guard_intact());
 
     const auto got = schedules.download<std::int32_t>();
-    const auto first_positions = buffers.first_positions.download<std::int32_t>();
+    const auto halves = buffers.halves.download<HalfColumns>();
     const auto order = buffers.order.download<std::int32_t>();
     int tile = 0;
     for (int round = 0; round < rounds; ++round) {
@@ -386,18 +441,18 @@ TEST_P(CudaLists, CutTheTilesIntoRounds) {
       EXPECT_EQ(schedule[3], tile);
       int items = 0, taken = 0;
       std::set<int> tiles;
-      while (tile < host.tiles && taken <= share && taken + padded_count(tile) <= positions) {
-        EXPECT_EQ(first_positions[tile], taken);
+      while (tile < host.tiles && taken <= share && taken + unions[tile].columns() <= room) {
+        EXPECT_EQ(halves[2 * tile].base, taken);
         tiles.insert(tile);
-        taken += padded_count(tile);
-        items += ceil_div(padded_count(tile), kUnionItem);
+        taken += unions[tile].columns();
+        items += items_of(tile);
         ++tile;
       }
       ASSERT_EQ(schedule[4], static_cast<int>(tiles.size()));
       ASSERT_EQ(schedule[0], items);
       EXPECT_EQ(schedule[2], 0);
       for (int i = 0; i < items; ++i) {
-        EXPECT_TRUE(tiles.contains(schedule[kScheduleHeader / 4 + i] & 0xffff));
+        EXPECT_TRUE(tiles.contains(item_at(schedule, i).tile()));
       }
       EXPECT_EQ(std::set<int>(&order[schedule[3]], &order[schedule[3]] + tiles.size()), tiles);
     }

@@ -2,6 +2,7 @@
 // over unions, and plain loops for its gradients of the weights, so that all that lies between them
 // is tested: the rounds, the lists, and when a pass is dense.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -101,13 +102,14 @@ Stage stage_of(const BackwardChunk& chunk, const TokenLists& lists, int block, i
   const std::uint32_t* const columns[3] = {chunk.dg, chunk.du, chunk.h};
   const std::int32_t* positions =
       lists.positions + (half_tile / 2 * lists.blocks + block) * kRowNeurons;
+  const HalfColumns half = chunk.forward.halves[half_tile];
   Stage stage;
   for (int t = 0; t < kHalfTokens; ++t) {
     const int token = half_tile * kHalfTokens + t;
     stage.tokens[t] = token < chunk.forward.tokens ? token : -1;
     for (int n = 0; n < kRowNeurons; ++n) {
-      if (positions[n] < 0) continue;
-      const std::int64_t column = chunk.forward.column(half_tile / 2, half_tile % 2) + positions[n];
+      if (!half.has(positions[n])) continue;
+      const std::int64_t column = half.base + positions[n];
       for (int c = 0; c < 3; ++c) {
         if (!columns[c]) continue;
         const std::uint32_t word = columns[c][column * kColumnWords + t / 16 * 8 + t % 8];
@@ -116,6 +118,64 @@ Stage stage_of(const BackwardChunk& chunk, const TokenLists& lists, int block, i
     }
   }
   return stage;
+}
+
+// The columns of all positions of the unions for both halves, which the stand-ins work on, where
+// Hopper's kernels have those of each half's steps only. What these do not have begins as 0.
+class AllColumns {
+ public:
+  AllColumns(const ForwardChunk& chunk, int first_tile, int tiles)
+      : own_(chunk.halves, chunk.halves + 2 * chunk.tiles), all_(own_) {
+    for (int half = 2 * first_tile; half < 2 * (first_tile + tiles); ++half) {
+      const int steps = ceil_div(chunk.counts[half / 2], kUnionStep);
+      all_[half] = {static_cast<std::int32_t>(words_ / kColumnWords), 0,
+                    static_cast<std::uint16_t>(steps)};
+      words_ += static_cast<std::size_t>(steps) * kUnionStep * kColumnWords;
+      halves_.push_back(half);
+    }
+  }
+
+  HalfColumns* halves() { return all_.data(); }
+  std::vector<std::uint32_t> make() const { return std::vector<std::uint32_t>(words_); }
+  void take(std::vector<std::uint32_t>& all, const std::uint32_t* own) const {
+    for_each([&](std::int64_t to, std::int64_t from) { all[to] = own[from]; });
+  }
+  void give(const std::vector<std::uint32_t>& all, std::uint32_t* own) const {
+    for_each([&](std::int64_t from, std::int64_t to) { own[to] = all[from]; });
+  }
+  // Of kept columns, of the tiles that have a place, from which half 0's lie as in h.
+  template <class Place, class Move>
+  void for_each_kept(Place&& place, Move&& move) const {
+    for (const int half : halves_) {
+      const int first = place(half / 2);
+      if (first < 0) continue;
+      const std::int64_t kept = first + own_[half].base - own_[half / 2 * 2].base;
+      words_of(half, kept, move);
+    }
+  }
+
+ private:
+  template <class Move>
+  void for_each(Move&& move) const {
+    for (const int half : halves_) words_of(half, own_[half].base, move);
+  }
+  template <class Move>
+  void words_of(int half, std::int64_t base, Move&& move) const {
+    for (int i = own_[half].first * kUnionStep; i < own_[half].end * kUnionStep; ++i) {
+      for (int w = 0; w < kColumnWords; ++w) {
+        move((all_[half].base + i) * std::int64_t{kColumnWords} + w, (base + i) * kColumnWords + w);
+      }
+    }
+  }
+
+  const std::vector<HalfColumns> own_;
+  std::vector<HalfColumns> all_;
+  std::vector<int> halves_;
+  std::size_t words_ = 0;
+};
+
+AllColumns all_columns(const ForwardChunk& chunk) {
+  return {chunk, chunk.schedule->first_tile, chunk.schedule->tiles};
 }
 
 }  // namespace
@@ -127,7 +187,25 @@ Status launch_gate(const ForwardChunk& chunk, const Tokens& x, const void* gate,
 
 Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,
                  cudaStream_t stream) {
-  Status status = sm80::launch_up(chunk, x, up, multiprocessors, stream);
+  AllColumns all = all_columns(chunk);
+  std::vector<std::uint32_t> h = all.make(), g = all.make(), u = all.make();
+  std::vector<std::int32_t> places(chunk.tiles);
+  for (int tile = 0; tile < chunk.tiles; ++tile) {
+    places[tile] = chunk.place(tile) < 0 ? -1 : all.halves()[2 * tile].base;
+  }
+  ForwardChunk with_all = chunk;
+  with_all.halves = all.halves();
+  with_all.h = h.data();
+  with_all.saved.g = g.data();
+  with_all.saved.u = u.data();
+  if (chunk.saved.places) with_all.saved.places = places.data();
+  Status status = sm80::launch_up(with_all, x, up, multiprocessors, stream);
+  all.give(h, chunk.h);
+  all.for_each_kept([&](int tile) { return chunk.place(tile); },
+                    [&](std::int64_t from, std::int64_t to) {
+                      chunk.saved.g[to] = g[from];
+                      chunk.saved.u[to] = u[from];
+                    });
   if (!status.ok() || !chunk.saved.active) return status;
   for (int tile = 0; tile < chunk.tiles; ++tile) {
     for (int i = 0; i < chunk.counts[tile]; ++i) {
@@ -147,7 +225,13 @@ Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int
 
 Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
                    cudaStream_t stream) {
-  return sm80::launch_down(chunk, down, y, multiprocessors, stream);
+  AllColumns all = all_columns(chunk);
+  std::vector<std::uint32_t> h = all.make();
+  all.take(h, chunk.h);
+  ForwardChunk with_all = chunk;
+  with_all.halves = all.halves();
+  with_all.h = h.data();
+  return sm80::launch_down(with_all, down, y, multiprocessors, stream);
 }
 
 // The stand-in for the coefficients makes g and u anew itself.
@@ -156,15 +240,42 @@ Status launch_remake(const BackwardChunk&, const FfnWeights&, int, cudaStream_t)
 // From the coefficients that the stand-in makes.
 Status launch_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
                            const FfnWeights& weights, int multiprocessors, cudaStream_t stream) {
-  Status status = sm80::launch_coefficients(chunk, lists, weights, multiprocessors, stream);
-  const Schedule& round = *chunk.forward.schedule;
+  const ForwardChunk& forward = chunk.forward;
+  const Schedule& round = *forward.schedule;
+  AllColumns all = all_columns(forward);
+  std::vector<std::uint32_t> dg = all.make(), du = all.make(), h = all.make();
+  std::vector<std::uint32_t> g = all.make(), u = all.make();
+  std::vector<std::int32_t> places(forward.half_places, forward.half_places + 2 * forward.tiles);
+  for (int tile = round.first_tile; tile < round.first_tile + round.tiles; ++tile) {
+    if (forward.kept_place(tile) < 0) continue;
+    places[2 * tile] = places[2 * tile + 1] = all.halves()[2 * tile].base;
+  }
+  all.for_each_kept([&](int tile) { return forward.kept_place(tile); },
+                    [&](std::int64_t to, std::int64_t from) {
+                      g[to] = chunk.saved_g[from];
+                      if (chunk.saved_u) u[to] = chunk.saved_u[from];
+                    });
+  BackwardChunk with_all = chunk;
+  with_all.forward.halves = all.halves();
+  with_all.forward.half_places = places.data();
+  with_all.saved_g = g.data();
+  with_all.saved_u = u.data();
+  with_all.dg = dg.data();
+  with_all.du = chunk.du ? du.data() : nullptr;
+  with_all.h = h.data();
+  Status status = sm80::launch_coefficients(with_all, lists, weights, multiprocessors, stream);
+  all.give(dg, chunk.dg);
+  if (chunk.du) all.give(du, chunk.du);
+  all.give(h, chunk.h);
   for (int half = 2 * round.first_tile; half < 2 * (round.first_tile + round.tiles); ++half) {
     const int tile = half / 2;
-    for (int i = 0; i < chunk.forward.counts[tile]; ++i) {
-      const std::int64_t column = chunk.forward.column(tile, half % 2) + i;
-      const std::int64_t entry = static_cast<std::int64_t>(tile) * chunk.forward.capacity + i;
+    const HalfColumns own = forward.halves[half];
+    const int end = std::min(forward.counts[tile], own.end * kUnionStep);
+    for (int i = own.first * kUnionStep; i < end; ++i) {
+      const std::int64_t column = own.base + i;
+      const std::int64_t entry = static_cast<std::int64_t>(tile) * forward.capacity + i;
       ActiveTokens& active = lists.active[column] = {};
-      for (int t = 0; t < kHalfTokens && half * kHalfTokens + t < chunk.forward.tokens; ++t) {
+      for (int t = 0; t < kHalfTokens && half * kHalfTokens + t < forward.tokens; ++t) {
         const auto value = [&](const std::uint32_t* columns) {
           if (!columns) return 0.0f;
           const std::uint32_t word = columns[column * kColumnWords + t / 16 * 8 + t % 8];
@@ -175,7 +286,7 @@ Status launch_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
           active.words[t % 16 / 8] |= 1u << (t / 16 * 8 + t % 8);
           continue;
         }
-        std::uint32_t& nans = lists.silent_nans[chunk.forward.unions[entry].row()];
+        std::uint32_t& nans = lists.silent_nans[forward.unions[entry].row()];
         if (std::isnan(du)) nans |= TokenLists::kNanDu;
         if (std::isnan(h)) nans |= TokenLists::kNanH;
       }
@@ -186,7 +297,15 @@ Status launch_coefficients(const BackwardChunk& chunk, const TokenLists& lists,
 
 Status launch_input_gradient(const BackwardChunk& chunk, const FfnWeights& weights, void* dx,
                              int multiprocessors, cudaStream_t stream) {
-  return sm80::launch_input_gradient(chunk, weights, dx, multiprocessors, stream);
+  AllColumns all = all_columns(chunk.forward);
+  std::vector<std::uint32_t> dg = all.make(), du = all.make();
+  all.take(dg, chunk.dg);
+  if (chunk.du) all.take(du, chunk.du);
+  BackwardChunk with_all = chunk;
+  with_all.forward.halves = all.halves();
+  with_all.dg = dg.data();
+  with_all.du = chunk.du ? du.data() : nullptr;
+  return sm80::launch_input_gradient(with_all, weights, dx, multiprocessors, stream);
 }
 
 Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& lists,

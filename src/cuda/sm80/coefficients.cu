@@ -79,7 +79,7 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
 
   Words g, u;
   if (const int place = forward.kept_place(tile); place >= 0) {
-    const std::int64_t column = first_column(place, half, forward.counts[tile]) + first + mine;
+    const std::int64_t column = forward.kept_base(place, tile, half) + first + mine;
     load_words(g, chunk.saved_g + column * kColumnWords + row);
     if constexpr (kGated) load_words(u, chunk.saved_u + column * kColumnWords + row);
   } else {
@@ -92,7 +92,8 @@ __device__ __forceinline__ void make_coefficients(const BackwardChunk& chunk,
   }
   product(chunk.dy, weights.down);
 
-  const std::int64_t place = (forward.column(tile, half) + first) * kColumnWords + row;
+  const std::int64_t base = forward.halves[2 * tile + half].base;
+  const std::int64_t place = (base + first) * kColumnWords + row;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
@@ -125,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const UnionItem item = schedule.items[i];
     const int first = item.first_position();
 #pragma unroll 1
-    for (int step = 0; step <= item.steps; ++step) {
-      make_coefficients<kGated>(chunk, weights, grad_l1, item.tile, first + step * kUnionStep);
+    for (int step = 0; step < item.steps(); ++step) {
+      make_coefficients<kGated>(chunk, weights, grad_l1, item.tile(), first + step * kUnionStep);
     }
   }
 }

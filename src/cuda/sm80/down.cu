@@ -41,8 +41,8 @@ struct HiddenRows {
       : padded(positions) {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
-      matrices[p] = reinterpret_cast<const __nv_bfloat16*>(operands.h[p] +
-                                                           chunk.column(tile, 0) * kColumnWords);
+      matrices[p] = reinterpret_cast<const __nv_bfloat16*>(
+          operands.h[p] + std::int64_t{chunk.halves[2 * tile].base} * kColumnWords);
     }
     matrix = matrices[0];
   }

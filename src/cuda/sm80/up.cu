@@ -33,10 +33,10 @@ __device__ __forceinline__ void make_h(const ForwardChunk& chunk, const __nv_bfl
   const std::size_t half_tile = 2 * tile + half;
   const std::uint32_t* columns =
       chunk.columns + half_tile * chunk.blocks * kBlockNeurons * kColumnWords + row;
-  std::uint32_t* h = chunk.h + (chunk.column(tile, half) + first) * kColumnWords + row;
-  const int place = chunk.place(tile);
-  const std::int64_t saved =
-      (first_column(place, half, chunk.counts[tile]) + first) * kColumnWords + row;
+  const std::int64_t base = chunk.halves[half_tile].base;
+  std::uint32_t* h = chunk.h + (base + first) * kColumnWords + row;
+  const std::int64_t place = chunk.kept_base(chunk.place(tile), tile, half);
+  const std::int64_t saved = (place + first) * kColumnWords + row;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const UnionItem item = chunk.schedule->items[i];
     int first = item.first_position();
-    const int end = first + (item.steps + 1) * kUnionStep;
+    const int end = first + item.steps() * kUnionStep;
 #pragma unroll 1
     for (; first + kColumns <= end; first += kColumns) {
-      make_h<kColumns>(chunk, x, up, item.tile, first);
+      make_h<kColumns>(chunk, x, up, item.tile(), first);
     }
-    if (first < end) make_h<kUnionStep>(chunk, x, up, item.tile, first);
+    if (first < end) make_h<kUnionStep>(chunk, x, up, item.tile(), first);
   }
 }
 

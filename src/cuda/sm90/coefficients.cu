@@ -14,6 +14,7 @@ namespace {
 template <bool kGated>
 struct CoefficientsEpilogue {
   static constexpr int kMatrices = 1;
+  static constexpr bool kFills = true;
   static constexpr int kFactors = kGated ? 2 : 1;  // g and u
   static constexpr int kBox = kUnionStep * kHalfTokens;
 
@@ -26,28 +27,30 @@ struct CoefficientsEpilogue {
   BackwardChunk chunk;
   ActiveTokens* active;
   std::uint32_t* silent_nans;
-  CUtensorMap kept[kFactors];  // [2 saved positions, 64]
-  CUtensorMap anew[kFactors];  // [2 positions, 64]
+  CUtensorMap kept[kFactors];  // [saved room, 64]
+  CUtensorMap anew[kFactors];  // [room, 64]
 
   __device__ static int count(const Schedule& schedule) { return schedule.item_count; }
 
-  // One stage for each 64 positions: their columns of both halves. Those made anew are read before
-  // the coefficients that replace them are written: these wait for the stage.
+  // One stage for each 64 positions: their columns of the halves that use them. Those made anew are
+  // read before the coefficients that replace them are written: these wait for the stage.
   __device__ __forceinline__ void fill(Stages& shared, GatherRing& ring,
                                        const ForwardChunk& forward, UnionItem item) const {
-    const int place = forward.kept_place(item.tile);
-    const int count = forward.counts[item.tile];
+    const int place = forward.kept_place(item.tile());
     const CUtensorMap* columns = place >= 0 ? kept : anew;
-    const int first = place >= 0 ? place : forward.first_positions[item.tile];
+    const int bases[Gather::kConsumers] = {base_of(forward, place, item.tile(), 0),
+                                           base_of(forward, place, item.tile(), 1)};
 #pragma unroll 1
-    for (int step = 0; step <= item.steps; ++step, ring.advance()) {
+    for (int step = 0; step < item.steps(); ++step, ring.advance()) {
       const int stage = ring.stage;
       ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
       if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&shared.full[stage], kFactors * Gather::kConsumers * kBox * 2);
+        const int wanting = item.part(0).has(step) + item.part(1).has(step);
+        ptx::mbarrier_arrive_expect(&shared.full[stage], kFactors * wanting * kBox * 2);
+#pragma unroll
         for (int half = 0; half < Gather::kConsumers; ++half) {
-          const int column = static_cast<int>(first_column(first, half, count)) +
-                             item.first_position() + step * kUnionStep;
+          if (!item.part(half).has(step)) continue;
+          const int column = bases[half] + item.first_position() + step * kUnionStep;
           for (int factor = 0; factor < kFactors; ++factor) {
             ptx::tma_load(box(shared, stage, factor, half), &columns[factor], &shared.full[stage],
                           0, column);
@@ -56,6 +59,12 @@ struct CoefficientsEpilogue {
       }
       ptx::copy_async_arrive(&shared.full[stage]);
     }
+  }
+
+  // Where the factors of a half lie.
+  __device__ static __forceinline__ int base_of(const ForwardChunk& forward, int place, int tile,
+                                                int half) {
+    return place >= 0 ? forward.kept_base(place, tile, half) : forward.halves[2 * tile + half].base;
   }
 
   __device__ static __forceinline__ __nv_bfloat16* box(Stages& shared, int stage, int factor,
@@ -75,29 +84,30 @@ class CoefficientsEpilogue<kGated>::Consumer {
         half_(half),
         grad_l1_(chunk_.grad_l1 ? *chunk_.grad_l1 : 0) {}
 
-  __device__ void look_ahead(UnionItem) const {}
+  __device__ void look_ahead(GatherPart) const {}
   __device__ void begin() const {}
 
   struct Held {
-    int count;  // of the union
-    std::int64_t column;
+    int count;   // of the union
+    int column;  // of the part's first position
   };
 
   template <int kN>
-  __device__ __forceinline__ Held before(UnionItem item) const {
-    return {chunk_.forward.counts[item.tile],
-            chunk_.forward.column(item.tile, half_) + item.first_position()};
+  __device__ __forceinline__ Held before(GatherPart part) const {
+    return {chunk_.forward.counts[part.tile()],
+            chunk_.forward.halves[2 * part.tile() + half_].base + part.first_position()};
   }
 
   template <int kN>
   __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held held, GatherRing& ring,
-                                        UnionItem item) const {
+                                        GatherPart part) const {
     constexpr int kGroups = kUnionStep / 8;
+    constexpr int kAtOnce = kGroups / 2;  // whose factors are in registers
     const int quad = threadIdx.x % 4;
     const int warp = threadIdx.x / 32 % 4;
     const int row = threadIdx.x % 32 / 4;
     const int word = warp * 8 + row;  // of a column
-    const int token = (2 * item.tile + half_) * kHalfTokens + warp * 16 + row;
+    const int token = (2 * part.tile() + half_) * kHalfTokens + warp * 16 + row;
     // Of tokens beyond the last one a NaN or an infinity in a weight can make coefficients.
     const std::uint32_t magnitudes = (token < chunk_.forward.tokens ? 0x7fffu : 0) |
                                      (token + 8 < chunk_.forward.tokens ? 0x7fff0000u : 0);
@@ -108,8 +118,9 @@ class CoefficientsEpilogue<kGated>::Consumer {
       const int column = 2 * quad + parity;
       offsets[parity] = column * kColumnWords + ((word / 4) ^ column) * 4 + word % 4;
     }
-    const int first = item.first_position() + 2 * quad;  // this thread's first position
-    const std::int64_t at = (held.column + 2 * quad) * kColumnWords + word;
+    // Of the union's positions, from this thread's first one on: the others are padding.
+    const int count = held.count - part.first_position() - 2 * quad;
+    const std::int64_t at = (std::int64_t{held.column} + 2 * quad) * kColumnWords + word;
     std::uint32_t* dg = chunk_.dg + at;
     std::uint32_t* du = kGated ? chunk_.du + at : nullptr;
     std::uint32_t* h = chunk_.h + at;
@@ -120,46 +131,51 @@ class CoefficientsEpilogue<kGated>::Consumer {
 #pragma unroll
     for (int step = 0; step < kN / kUnionStep; ++step, ring.advance()) {
       ptx::mbarrier_wait(&shared_.full[ring.stage], ring.parity);
-      std::uint32_t factors[kFactors][kGroups][2];
-#pragma unroll
-      for (int factor = 0; factor < kFactors; ++factor) {
-        const auto* words =
-            reinterpret_cast<const std::uint32_t*>(box(shared_, ring.stage, factor, half_));
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-#pragma unroll
-          for (int parity = 0; parity < 2; ++parity) {
-            factors[factor][j][parity] = words[8 * j * kColumnWords + offsets[parity]];
-          }
-        }
-      }
-      ptx::fence_async_proxy();  // TMA may then overwrite what was read
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared_.empty[ring.stage]);
       // Bit 2 j + parity: whether the low token is active, 16 + that: the high one.
       std::uint32_t actives = 0;
       std::uint32_t silent = 0;  // of any coefficient of a pair that is not active
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
+      for (int from = 0; from < kGroups; from += kAtOnce) {
+        std::uint32_t factors[kFactors][kAtOnce][2];
 #pragma unroll
-        for (int parity = 0; parity < 2; ++parity) {
-          const int position = step * kUnionStep + 8 * j + parity;
-          const float* sum = sums + (step * kGroups + j) * 4 + parity;
-          const auto own = Coefficients::make<kGated>(
-              factors[0][j][parity], factors[kFactors - 1][j][parity], sum[0], sum[2], grad_l1_);
-          const bool in_use = first + position < held.count;  // padding is no 0 · inf
-          dg[position * kColumnWords] = in_use ? own.dg : 0;
-          if constexpr (kGated) du[position * kColumnWords] = in_use ? own.du : 0;
-          h[position * kColumnWords] = in_use ? own.h : 0;
+        for (int factor = 0; factor < kFactors; ++factor) {
+          const auto* words =
+              reinterpret_cast<const std::uint32_t*>(box(shared_, ring.stage, factor, half_));
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+            for (int parity = 0; parity < 2; ++parity) {
+              factors[factor][j][parity] = words[8 * (from + j) * kColumnWords + offsets[parity]];
+            }
+          }
+        }
+        if (from + kAtOnce == kGroups) {
+          ptx::fence_async_proxy();  // TMA may then overwrite what was read
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared_.empty[ring.stage]);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+          for (int parity = 0; parity < 2; ++parity) {
+            const int position = step * kUnionStep + 8 * (from + j) + parity;
+            const float* sum = sums + (step * kGroups + from + j) * 4 + parity;
+            const auto own = Coefficients::make<kGated>(
+                factors[0][j][parity], factors[kFactors - 1][j][parity], sum[0], sum[2], grad_l1_);
+            const bool in_use = position < count;  // padding is no 0 · inf
+            dg[position * kColumnWords] = in_use ? own.dg : 0;
+            if constexpr (kGated) du[position * kColumnWords] = in_use ? own.du : 0;
+            h[position * kColumnWords] = in_use ? own.h : 0;
 
-          const std::uint32_t own_active =
-              __vminu2(factors[0][j][parity] & magnitudes, 0x00010001u);
-          actives |= own_active << (2 * j + parity);
-          const std::uint32_t any = in_use ? (kGated ? own.du : 0) | own.h : 0;
-          silent |= any & magnitudes & ~(own_active * 0xffffu);
+            const std::uint32_t own_active =
+                __vminu2(factors[0][j][parity] & magnitudes, 0x00010001u);
+            actives |= own_active << (2 * (from + j) + parity);
+            const std::uint32_t any = in_use ? (kGated ? own.du : 0) | own.h : 0;
+            silent |= any & magnitudes & ~(own_active * 0xffffu);
+          }
         }
       }
-      if (silent != 0) note_nans(epilogue_, held, item, step, actives, magnitudes);
+      if (silent != 0) note_nans(epilogue_, held, part, step, actives, magnitudes);
       const std::uint32_t bytes = transpose_in_rows(actives, row);
 #pragma unroll
       for (int byte = 0; byte < 4; ++byte) {
@@ -186,16 +202,16 @@ class CoefficientsEpilogue<kGated>::Consumer {
 
   // Of this thread's pairs in a step: one that is not active has no coefficient but 0 or NaN.
   __device__ __noinline__ static void note_nans(const CoefficientsEpilogue& epilogue, Held held,
-                                                UnionItem item, int step, std::uint32_t actives,
+                                                GatherPart part, int step, std::uint32_t actives,
                                                 std::uint32_t magnitudes) {
     const BackwardChunk& chunk = epilogue.chunk;
     const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
     const UnionEntry* entries = chunk.forward.unions +
-                                static_cast<std::size_t>(item.tile) * chunk.forward.capacity +
-                                item.first_position();
+                                static_cast<std::size_t>(part.tile()) * chunk.forward.capacity +
+                                part.first_position();
     for (int i = 0; i < kUnionStep / 4; ++i) {
       const int position = step * kUnionStep + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      const std::int64_t at = (held.column + position) * kColumnWords + word;
+      const std::int64_t at = (std::int64_t{held.column} + position) * kColumnWords + word;
       const std::uint32_t silent = magnitudes & ~((actives >> i & 0x00010001u) * 0xffffu);
       const std::uint32_t nans = (kGated && (chunk.du[at] & silent) != 0 ? TokenLists::kNanDu : 0) |
                                  ((chunk.h[at] & silent) != 0 ? TokenLists::kNanH : 0);
@@ -228,14 +244,12 @@ Status launch_for(const BackwardChunk& chunk, const TokenLists& lists, const voi
   Epilogue epilogue = {chunk, lists.active, lists.silent_nans, {}, {}};
   const std::uint32_t* const kept[] = {chunk.saved_g, chunk.saved_u};
   const std::uint32_t* const anew[] = {chunk.h, chunk.du};
-  const std::int64_t kept_columns = std::int64_t{2} * chunk.saved_positions;
-  const std::int64_t columns = std::int64_t{2} * forward.positions;
   const auto make_map = [](CUtensorMap& map, const std::uint32_t* data, std::int64_t rows) {
     return data ? make_tensor_map(map, data, rows, kHalfTokens, kUnionStep) : Status();
   };
   for (int factor = 0; factor < Epilogue::kFactors; ++factor) {
-    for (const Status& status : {make_map(epilogue.kept[factor], kept[factor], kept_columns),
-                                 make_map(epilogue.anew[factor], anew[factor], columns)}) {
+    for (const Status& status : {make_map(epilogue.kept[factor], kept[factor], chunk.saved_room),
+                                 make_map(epilogue.anew[factor], anew[factor], forward.room)}) {
       if (!status.ok()) return status;
     }
   }

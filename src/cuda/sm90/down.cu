@@ -50,11 +50,16 @@ struct Piece {
   int tile;
   int column;  // first of the 256 outputs
   int steps;   // of one pair
+  HalfColumns first_half, second_half;
 
   __device__ Piece(const ForwardChunk& chunk, int item, int strips)
       : tile(chunk.order[chunk.schedule->first_tile + item / strips]),
         column(item % strips * Config::kOutputs),
-        steps(ceil_div(chunk.counts[tile], kUnionStep)) {}
+        steps(ceil_div(chunk.counts[tile], kUnionStep)),
+        first_half(chunk.halves[2 * tile]),
+        second_half(chunk.halves[2 * tile + 1]) {}
+
+  __device__ HalfColumns half(int half) const { return half == 0 ? first_half : second_half; }
 };
 
 // What a warp gathers in four steps, a UnionEntry::neuron in each lane. It is read four steps
@@ -111,7 +116,6 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
     const Piece work(chunk, item, strips);
     const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(work.tile) * chunk.capacity;
     const int column = work.column + piece * 8;
-    const int h_row = static_cast<int>(chunk.column(work.tile, 0));
     Lookahead ahead = {};
     if (work.steps > 0) ahead.read(entries, 0, work.steps);
 #pragma unroll 1
@@ -139,11 +143,16 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
           const int stage = ring.stage;
           ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
           if (threadIdx.x == 0) {
-            ptx::mbarrier_arrive_expect(
-                &shared.full[stage], sizeof(shared.h[0]) + (adjacent ? sizeof(shared.down[0]) : 0));
+            const auto wants = [&](int half) {
+              return work.half(half).has((first + step) * kUnionStep);
+            };
+            ptx::mbarrier_arrive_expect(&shared.full[stage],
+                                        (wants(0) + wants(1)) * sizeof(shared.h[0][0]) +
+                                            (adjacent ? sizeof(shared.down[0]) : 0));
             for (int half = 0; half < Config::kConsumers; ++half) {
+              if (!wants(half)) continue;
               ptx::tma_load(shared.h[stage][half], &pair.h, &shared.full[stage], 0,
-                            h_row + (half * work.steps + first + step) * kUnionStep);
+                            work.half(half).base + (first + step) * kUnionStep);
             }
             for (int group = 0; adjacent && group < kGroups; ++group) {
               ptx::tma_load(shared.down[stage] + group * kGroupElements, &pair.down,
@@ -177,16 +186,23 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
   const int quad = lane % 4;
   float acc[Config::kOutputs / 2];
   Ring<Config::kStages> ring;
+  const auto release = [&](int stage) {
+    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+  };
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const Piece piece(chunk, item, strips);
-    multiply<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
-        acc, ring, kPairs * piece.steps, shared.full,
-        [&](int stage) { return shared.h[stage][consumer]; },
-        [&](int stage) { return shared.down[stage]; },
-        [&](int stage) {
-          if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
-        });
+    const HalfColumns own = piece.half(consumer);
+#pragma unroll
+    for (float& value : acc) value = 0;
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      skip(ring, own.first, shared.full, release);
+      accumulate<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
+          acc, ring, own.steps(), shared.full, [&](int stage) { return shared.h[stage][consumer]; },
+          [&](int stage) { return shared.down[stage]; }, release);
+      if (p + 1 < kPairs) skip(ring, piece.steps - own.end, shared.full, release);
+    }
 
     // Row l of a warp's 16 is token l / 2 + 8 (l % 2): see the columns in forward.h.
     const int row = lane / 4;
@@ -208,6 +224,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
         }
       }
     }
+    skip(ring, piece.steps - own.end, shared.full, release);
   }
 }
 
@@ -240,7 +257,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 Status make_pair(Pair& pair, const ForwardChunk& chunk, const std::uint32_t* h, const void* down) {
-  const std::int64_t h_rows = std::int64_t{2} * chunk.positions;
+  const std::int64_t h_rows = std::int64_t{chunk.room};
   pair.rows = static_cast<const __nv_bfloat16*>(down);
   Status status = make_tensor_map(pair.h, h, h_rows, kHalfTokens, kUnionStep);
   if (!status.ok()) return status;

@@ -6,19 +6,21 @@
 // business of an epilogue, a kernel's parameter:
 //
 //   kMatrices                             whose rows are gathered, each for every item
+//   kFills                                whether an item has a stage for each of its steps besides
 //   int count(schedule)                   of its items: the first ones
-//   void fill(stages, ring, chunk, item)  all producer threads: stages after those of the product
-//   Consumer(epilogue, chunk, stages, half), of a warpgroup:
-//     void look_ahead(GatherItem)         begins to read what the next item needs
+//   void fill(stages, ring, chunk, item)  all producer threads: these stages, after the product's
+//   Consumer(epilogue, chunk, stages, half), of a warpgroup, with its parts of items:
+//     void look_ahead(GatherPart)         begins to read what the next item needs
 //     void begin()                        that item's turn has come
-//     Held before<kN>(GatherItem)         reads what arrives while the products run
-//     void after<kN>(sums, held, ring, GatherItem)  sums as ptx::wgmma holds them
+//     Held before<kN>(GatherPart)         reads what arrives while the products run
+//     void after<kN>(sums, held, ring, GatherPart)  sums as ptx::wgmma holds them
 //
 // `Scratch` is what consumers share besides the stages.
 
 #include <cuda_bf16.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "cuda/forward.h"
 #include "cuda/ptx/copy.cuh"
@@ -50,7 +52,8 @@ struct alignas(1024) GatherStages {
 
 template <int kMatrices>
 struct GatherOperands {
-  CUtensorMap tokens;            // [rows, hidden]
+  CUtensorMap tokens;            // [rows, hidden], boxes of a tile
+  CUtensorMap half_tokens;       // the same, of a half
   int first_token;               // the chunk's first row of them
   CUtensorMap boxes[kMatrices];  // [neurons, hidden], for adjacent rows
   const uint4* rows[kMatrices];  // the same, to be gathered
@@ -60,10 +63,12 @@ template <int kMatrices>
 Status make_operands(GatherOperands<kMatrices>& operands, const ForwardChunk& chunk,
                      const Tokens& tokens, const void* const (&weights)[kMatrices]) {
   operands.first_token = tokens.first;
-  if (Status status =
-          make_tensor_map(operands.tokens, tokens.x, tokens.rows, chunk.hidden, kTileTokens);
-      !status.ok()) {
-    return status;
+  for (const auto& [map, box] :
+       {std::pair(&operands.tokens, kTileTokens), std::pair(&operands.half_tokens, kHalfTokens)}) {
+    if (Status status = make_tensor_map(*map, tokens.x, tokens.rows, chunk.hidden, box);
+        !status.ok()) {
+      return status;
+    }
   }
   for (int matrix = 0; matrix < kMatrices; ++matrix) {
     operands.rows[matrix] = static_cast<const uint4*>(weights[matrix]);
@@ -76,8 +81,18 @@ Status make_operands(GatherOperands<kMatrices>& operands, const ForwardChunk& ch
   return {};
 }
 
-struct GatherItem : UnionItem {
+// What a consumer does of an item. Everything is looked up in the item's one word when it is
+// needed.
+struct GatherPart {
+  UnionItem item;
+  int half;
   int matrix;  // of the operands
+
+  __device__ int tile() const { return item.tile(); }
+  __device__ int steps() const { return item.part(half).steps; }
+  __device__ int skipped() const { return item.part(half).skipped; }  // steps of the item before
+  __device__ int left() const { return item.steps() - skipped() - steps(); }  // and after
+  __device__ int first_position() const { return (item.first() + skipped()) * kUnionStep; }
 };
 
 // The items of a round's schedule that this CTA works on, one after the other.
@@ -89,7 +104,9 @@ class Items {
     read();
   }
   __device__ __forceinline__ bool more() const { return at_ < count_; }
-  __device__ __forceinline__ GatherItem item() const { return item_; }
+  __device__ __forceinline__ UnionItem item() const { return item_; }
+  __device__ __forceinline__ int matrix() const { return at_ % Epilogue::kMatrices; }
+  __device__ __forceinline__ GatherPart part(int half) const { return {item_, half, matrix()}; }
   __device__ __forceinline__ void advance() {
     at_ += static_cast<int>(gridDim.x);
     read();
@@ -97,13 +114,13 @@ class Items {
 
  private:
   __device__ __forceinline__ void read() {
-    if (more()) item_ = {schedule_.items[at_ / Epilogue::kMatrices], at_ % Epilogue::kMatrices};
+    if (more()) item_ = schedule_.items[at_ / Epilogue::kMatrices];
   }
 
   const Schedule& schedule_;
   const int count_;
   int at_ = static_cast<int>(blockIdx.x);
-  GatherItem item_ = {};
+  UnionItem item_ = {};
 };
 
 template <class Stages, class Epilogue>
@@ -115,6 +132,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
   constexpr int kTurns = kUnionStep / kRows;           // to gather kUnionStep rows
   constexpr int kGroups = kUnionItem / kUnionStep;
   constexpr int kGroupElements = kUnionStep * kTileHidden;
+  constexpr int kHalfElements = kHalfTokens * kTileHidden;
   const int row = static_cast<int>(threadIdx.x) / kPieces;  // of the first kRows
   const int piece = static_cast<int>(threadIdx.x) % kPieces;
   const int steps = ceil_div(chunk.hidden, kTileHidden);
@@ -123,16 +141,24 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
   GatherRing ring;
 #pragma unroll 1
   for (Items<Epilogue> items(chunk); items.more(); items.advance()) {
-    const GatherItem item = items.item();
-    const UnionEntry* entries =
-        chunk.unions + static_cast<std::size_t>(item.tile) * chunk.capacity + item.first_position();
+    const UnionItem item = items.item();
+    const UnionEntry* entries = chunk.unions +
+                                static_cast<std::size_t>(item.tile()) * chunk.capacity +
+                                item.first_position();
     const uint4* sources[kGroups * kTurns];  // of the next step
     bool gathered[kGroups];                  // by all threads; else by TMA, the rows being adjacent
     int group_row[kGroups];
-    int bytes = sizeof(shared.tokens[0]);
+    // The tokens of both halves, or of the one that uses any of the neurons.
+    const bool both = item.part(0).steps > 0 && item.part(1).steps > 0;
+    const int half = item.part(0).steps > 0 ? 0 : 1;
+    const CUtensorMap* tokens = both ? &operands.tokens : &operands.half_tokens;
+    const int token =
+        operands.first_token + item.tile() * kTileTokens + (both ? 0 : half * kHalfTokens);
+    const int tokens_at = both ? 0 : half * kHalfElements;
+    int bytes = (both ? 2 : 1) * kHalfElements * 2;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const bool exists = group <= item.steps;
+      const bool exists = group < item.steps();
       const UnionEntry* mine = entries + (exists ? group * kUnionStep : 0);
       group_row[group] = mine[0].row();
       const bool adjacent = exists && mine[kUnionStep - 1].row() == mine[0].row() + kUnionStep - 1;
@@ -142,7 +168,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         sources[group * kTurns + turn] =
-            operands.rows[item.matrix] +
+            operands.rows[items.matrix()] +
             static_cast<std::size_t>(mine[turn * kRows + row].row()) * (chunk.hidden / 8) + piece;
       }
     }
@@ -152,8 +178,8 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
       ptx::mbarrier_wait(&shared.empty[stage], ring.parity ^ 1);
       if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(&shared.full[stage], bytes);
-        ptx::tma_load(shared.tokens[stage], &operands.tokens, &shared.full[stage],
-                      step * kTileHidden, operands.first_token + item.tile * kTileTokens);
+        ptx::tma_load(shared.tokens[stage] + tokens_at, tokens, &shared.full[stage],
+                      step * kTileHidden, token);
       }
       const bool inside = step * kTileHidden + piece * 8 < chunk.hidden;
       const std::uint32_t stage_target = target + stage * sizeof(shared.weights[0]);
@@ -167,7 +193,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
           }
         } else if (threadIdx.x == 0 && group_row[group] >= 0) {
           ptx::tma_load(shared.weights[stage] + group * kGroupElements,
-                        &operands.boxes[item.matrix], &shared.full[stage], step * kTileHidden,
+                        &operands.boxes[items.matrix()], &shared.full[stage], step * kTileHidden,
                         group_row[group]);
         }
       }
@@ -178,24 +204,33 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
         ptx::pin(source);
       }
     }
-    epilogue.fill(shared, ring, chunk, item);
+    if constexpr (Epilogue::kFills) epilogue.fill(shared, ring, chunk, item);
   }
 }
 
-template <int kN, class Stages, class Consumer>
-__device__ __forceinline__ void multiply_item(Stages& shared, GatherRing& ring,
+// `part`: the consumer's, of kN positions.
+template <int kN, class Epilogue, class Consumer>
+__device__ __forceinline__ void multiply_part(typename Epilogue::Stages& shared, GatherRing& ring,
                                               const ForwardChunk& chunk, Consumer& consumer,
-                                              GatherItem item, int half) {
-  const auto held = consumer.template before<kN>(item);
-  float sums[kN / 2];
-  multiply<kN, ptx::Major::kInner, ptx::Major::kInner, Filler::kTmaAndThreads>(
-      sums, ring, ceil_div(chunk.hidden, kTileHidden), shared.full,
-      [&](int stage) { return shared.tokens[stage] + half * kHalfTokens * kTileHidden; },
-      [&](int stage) { return shared.weights[stage]; },
-      [&](int stage) {
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
-      });
-  consumer.template after<kN>(sums, held, ring, item);
+                                              GatherPart part) {
+  const auto release = [&](int stage) {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+  };
+  const int steps = ceil_div(chunk.hidden, kTileHidden);
+  if constexpr (kN == 0) {
+    skip(ring, steps + (Epilogue::kFills ? part.item.steps() : 0), shared.full, release);
+  } else {
+    const auto held = consumer.template before<kN>(part);
+    float sums[kN / 2];
+    const int tokens = part.half * kHalfTokens * kTileHidden;
+    const int weights = part.skipped() * kUnionStep * kTileHidden;
+    multiply<kN, ptx::Major::kInner, ptx::Major::kInner, Filler::kTmaAndThreads>(
+        sums, ring, steps, shared.full, [&](int stage) { return shared.tokens[stage] + tokens; },
+        [&](int stage) { return shared.weights[stage] + weights; }, release);
+    if (Epilogue::kFills) skip(ring, part.skipped(), shared.full, release);
+    consumer.template after<kN>(sums, held, ring, part);
+    if (Epilogue::kFills) skip(ring, part.left(), shared.full, release);
+  }
 }
 
 template <class Stages, class Epilogue>
@@ -204,25 +239,28 @@ __device__ __forceinline__ void consume(Stages& shared, const ForwardChunk& chun
   typename Epilogue::Consumer consumer(epilogue, chunk, shared, half);
   GatherRing ring;
   Items<Epilogue> items(chunk);
-  if (items.more()) consumer.look_ahead(items.item());
+  if (items.more()) consumer.look_ahead(items.part(half));
 #pragma unroll 1
   while (items.more()) {
-    const GatherItem item = items.item();
+    const GatherPart part = items.part(half);
     consumer.begin();
     items.advance();
-    if (items.more()) consumer.look_ahead(items.item());
-    switch (item.steps) {
+    if (items.more()) consumer.look_ahead(items.part(half));
+    switch (part.steps()) {
       case 0:
-        multiply_item<64>(shared, ring, chunk, consumer, item, half);
+        multiply_part<0, Epilogue>(shared, ring, chunk, consumer, part);
         break;
       case 1:
-        multiply_item<128>(shared, ring, chunk, consumer, item, half);
+        multiply_part<64, Epilogue>(shared, ring, chunk, consumer, part);
         break;
       case 2:
-        multiply_item<192>(shared, ring, chunk, consumer, item, half);
+        multiply_part<128, Epilogue>(shared, ring, chunk, consumer, part);
+        break;
+      case 3:
+        multiply_part<192, Epilogue>(shared, ring, chunk, consumer, part);
         break;
       default:
-        multiply_item<256>(shared, ring, chunk, consumer, item, half);
+        multiply_part<256, Epilogue>(shared, ring, chunk, consumer, part);
     }
   }
 }

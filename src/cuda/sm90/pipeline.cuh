@@ -33,14 +33,12 @@ struct Ring {
 // Who filled the stages that `multiply` reads.
 enum class Filler { kTma, kTmaAndThreads };
 
-// acc[64, kN] ← Σ over `steps` stages of A[64, 64] B[64, kN]. release(stage) hands a stage back.
+// acc[64, kN] += Σ over `steps` stages of A[64, 64] B[64, kN]. release(stage) hands a stage back.
 // Waits for its own products at each stage: the other consumer's keep the tensor cores busy.
 template <int kN, ptx::Major kA, ptx::Major kB, Filler kFiller, int kStages, class A, class B,
           class Release>
-__device__ __forceinline__ void multiply(float (&acc)[kN / 2], Ring<kStages>& ring, int steps,
-                                         std::uint64_t* full, A&& a, B&& b, Release&& release) {
-#pragma unroll
-  for (float& value : acc) value = 0;
+__device__ __forceinline__ void accumulate(float (&acc)[kN / 2], Ring<kStages>& ring, int steps,
+                                           std::uint64_t* full, A&& a, B&& b, Release&& release) {
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, ring.advance()) {
     ptx::mbarrier_wait(&full[ring.stage], ring.parity);
@@ -58,6 +56,27 @@ __device__ __forceinline__ void multiply(float (&acc)[kN / 2], Ring<kStages>& ri
     release(ring.stage);
   }
   ptx::wgmma_pin(acc);
+}
+
+// The same from 0.
+template <int kN, ptx::Major kA, ptx::Major kB, Filler kFiller, int kStages, class A, class B,
+          class Release>
+__device__ __forceinline__ void multiply(float (&acc)[kN / 2], Ring<kStages>& ring, int steps,
+                                         std::uint64_t* full, A&& a, B&& b, Release&& release) {
+#pragma unroll
+  for (float& value : acc) value = 0;
+  accumulate<kN, kA, kB, kFiller>(acc, ring, steps, full, a, b, release);
+}
+
+// Hands stages back that this consumer has no use for.
+template <int kStages, class Release>
+__device__ __forceinline__ void skip(Ring<kStages>& ring, int steps, std::uint64_t* full,
+                                     Release&& release) {
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, ring.advance()) {
+    ptx::mbarrier_wait(&full[ring.stage], ring.parity);
+    release(ring.stage);
+  }
 }
 
 }  // namespace twell::cuda::sm90

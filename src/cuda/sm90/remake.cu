@@ -13,16 +13,16 @@ namespace {
 template <bool kGated>
 struct RemakeEpilogue {
   static constexpr int kMatrices = kGated ? 2 : 1;  // the first decides
+  static constexpr bool kFills = false;
 
   struct Scratch {};
   using Stages = GatherStages<Scratch>;
 
   class Consumer;
 
-  std::uint32_t* columns[kMatrices];  // [2 positions, 32]
+  std::uint32_t* columns[kMatrices];  // [room, 32]
 
   __device__ static int count(const Schedule& schedule) { return schedule.anew; }
-  __device__ void fill(Stages&, GatherRing&, const ForwardChunk&, UnionItem) const {}
 };
 
 template <bool kGated>
@@ -32,13 +32,13 @@ class RemakeEpilogue<kGated>::Consumer {
       : epilogue_(epilogue), chunk_(chunk), half_(half) {}
 
   // Each lane looks up every 32nd position.
-  __device__ __forceinline__ void look_ahead(GatherItem item) {
+  __device__ __forceinline__ void look_ahead(GatherPart part) {
     const UnionEntry* entries = chunk_.unions +
-                                static_cast<std::size_t>(item.tile) * chunk_.capacity +
-                                item.first_position() + threadIdx.x % 32;
+                                static_cast<std::size_t>(part.tile()) * chunk_.capacity +
+                                part.first_position() + threadIdx.x % 32;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      next_[w] = w < (item.steps + 1) * (kUnionStep / 32) ? entries[32 * w].neuron : 0;
+      next_[w] = w < part.steps() * (kUnionStep / 32) ? entries[32 * w].neuron : 0;
     }
   }
 
@@ -54,18 +54,18 @@ class RemakeEpilogue<kGated>::Consumer {
   };
 
   template <int kN>
-  __device__ __forceinline__ Held before(GatherItem item) const {
-    return {chunk_.column(item.tile, half_) + item.first_position()};
+  __device__ __forceinline__ Held before(GatherPart part) const {
+    return {std::int64_t{chunk_.halves[2 * part.tile() + half_].base} + part.first_position()};
   }
 
   template <int kN>
   __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held held, GatherRing&,
-                                        GatherItem item) const {
+                                        GatherPart part) const {
     const int quad = threadIdx.x % 4;
     const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;  // of a column
     std::uint32_t* out =
-        epilogue_.columns[item.matrix] + (held.column + 2 * quad) * kColumnWords + word;
-    const bool decides = item.matrix == 0;
+        epilogue_.columns[part.matrix] + (held.column + 2 * quad) * kColumnWords + word;
+    const bool decides = part.matrix == 0;
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       const std::uint32_t used = used_[j / 4] >> (8 * (j % 4) + 2 * quad);

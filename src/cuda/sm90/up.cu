@@ -13,6 +13,7 @@ struct UpEpilogue {
   using Sources = std::uint32_t[kUnionItem];  // where an item's columns are, for one half
   static constexpr std::uint32_t kAbsent = ~0u;
   static constexpr int kMatrices = 1;
+  static constexpr bool kFills = false;
 
   struct Scratch {
     Sources sources[2][Gather::kConsumers];  // by turn
@@ -22,7 +23,6 @@ struct UpEpilogue {
   class Consumer;
 
   __device__ static int count(const Schedule& schedule) { return schedule.item_count; }
-  __device__ void fill(Stages&, GatherRing&, const ForwardChunk&, UnionItem) const {}
 };
 
 class UpEpilogue::Consumer {
@@ -31,13 +31,13 @@ class UpEpilogue::Consumer {
       : chunk_(chunk), scratch_(shared.scratch), half_(half) {}
 
   // Each thread looks up two positions.
-  __device__ __forceinline__ void look_ahead(UnionItem item) {
+  __device__ __forceinline__ void look_ahead(GatherPart part) {
     const int first = 2 * static_cast<int>(threadIdx.x % 128);
     next_[0] = next_[1] = kAbsent;
-    if (first >= (item.steps + 1) * kUnionStep) return;
+    if (first >= part.steps() * kUnionStep) return;
     const uint4 pair = *reinterpret_cast<const uint4*>(
-        chunk_.unions + static_cast<std::size_t>(item.tile) * chunk_.capacity +
-        item.first_position() + first);
+        chunk_.unions + static_cast<std::size_t>(part.tile()) * chunk_.capacity +
+        part.first_position() + first);
     const UnionEntry entries[2] = {{pair.x, pair.y}, {pair.z, pair.w}};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -57,15 +57,15 @@ class UpEpilogue::Consumer {
   struct Held {
     std::uint32_t g[kN / 4];
     int count;  // of the union
-    int first;  // position of the tile in h
-    int place;  // of the tile's saved columns
+    int base;   // of the half's columns in h
+    int kept;   // and in the saved columns; -1: they are not kept
   };
 
   template <int kN>
-  __device__ __forceinline__ Held<kN> before(UnionItem item) const {
+  __device__ __forceinline__ Held<kN> before(GatherPart part) const {
     const Sources& sources = scratch_.sources[turn_][half_];
     const std::uint32_t* columns =
-        chunk_.columns + half_tile(item) * chunk_.blocks * kBlockNeurons * kColumnWords + word();
+        chunk_.columns + half_tile(part) * chunk_.blocks * kBlockNeurons * kColumnWords + word();
     Held<kN> held;
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
@@ -73,23 +73,21 @@ class UpEpilogue::Consumer {
       held.g[2 * j] = source.x == kAbsent ? 0 : columns[source.x * kColumnWords];
       held.g[2 * j + 1] = source.y == kAbsent ? 0 : columns[source.y * kColumnWords];
     }
-    held.count = chunk_.counts[item.tile];
-    held.first = chunk_.first_positions[item.tile];
-    held.place = chunk_.place(item.tile);
+    held.count = chunk_.counts[part.tile()];
+    held.base = chunk_.halves[half_tile(part)].base;
+    held.kept = chunk_.kept_base(chunk_.place(part.tile()), part.tile(), half_);
     return held;
   }
 
   template <int kN>
   __device__ __forceinline__ void after(const float (&sums)[kN / 2], const Held<kN>& held,
-                                        GatherRing&, UnionItem item) const {
-    const int first = item.first_position() + 2 * quad();  // this thread's first position
-    const auto column = [&](int place) {
-      return (first_column(place, half_, held.count) + first) * kColumnWords + word();
-    };
-    std::uint32_t* h = chunk_.h + column(held.first);
+                                        GatherRing&, GatherPart part) const {
+    const int first = part.first_position() + 2 * quad();  // this thread's first position
+    const auto at = [&](int base) { return (std::int64_t{base} + first) * kColumnWords + word(); };
+    std::uint32_t* h = chunk_.h + at(held.base);
     if (chunk_.saved.active) count_active(held.g);
-    const bool saves = held.place >= 0;
-    const std::int64_t saved = column(held.place);
+    const bool saves = held.kept >= 0;
+    const std::int64_t saved = at(held.kept);
     std::uint32_t* saved_g = chunk_.saved.g + saved;
     std::uint32_t* saved_u = chunk_.saved.u + saved;
 #pragma unroll
@@ -120,8 +118,8 @@ class UpEpilogue::Consumer {
     active = __reduce_add_sync(~0u, active);
     if (threadIdx.x % 32 == 0) atomicAdd(chunk_.saved.active, active);
   }
-  __device__ __forceinline__ std::size_t half_tile(UnionItem item) const {
-    return 2 * item.tile + half_;
+  __device__ __forceinline__ std::size_t half_tile(GatherPart part) const {
+    return 2 * part.tile() + half_;
   }
   __device__ static __forceinline__ int quad() { return threadIdx.x % 4; }
   // Of a column: that of this thread's sums.

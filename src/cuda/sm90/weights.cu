@@ -308,14 +308,14 @@ struct HalfTiles {
     constexpr int kNeurons = kRowNeurons * 8 / kProducers;  // of a thread
     const int first = thread / 8;
     // Looks ahead to the next half tile in use, where its columns are, and where the neurons stand
-    // in its union.
-    std::int64_t next_column = 0;
+    // in its tile's union.
+    HalfColumns next_half = {};
     int positions[kNeurons];
     const int end = this->end();
     const auto seek = [&](int half) {
       while (half < end && !in_use(parts(block)[half])) ++half;
       if (half == end) return half;
-      next_column = chunk.forward.column(half / 2, half % 2);
+      next_half = chunk.forward.halves[half];
       const std::int32_t* all = positions_of(lists, half / 2, block) + first;
 #pragma unroll
       for (int i = 0; i < kNeurons; ++i) positions[i] = all[i * (kProducers / 8)];
@@ -330,7 +330,7 @@ struct HalfTiles {
         continue;
       }
       const Turn turn(n);
-      const std::int64_t column = next_column;
+      const HalfColumns half = next_half;
       const int token = next * kHalfTokens + token_of(Gather::held_row());
       const bool exists = Gather::held_row() < kStep && token < chunk.forward.tokens;
       int places[kNeurons];
@@ -343,12 +343,13 @@ struct HalfTiles {
 #pragma unroll
       for (int i = 0; i < kNeurons; ++i) {
         const int row = first + i * (kProducers / 8);
-        const std::int64_t at = (column + max(places[i], 0)) * kColumnWords + piece * 4;
+        const std::int64_t at =
+            (std::int64_t{half.base} + max(places[i], 0)) * kColumnWords + piece * 4;
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
           ptx::copy_async_16(ptx::shared_address(shared.coefficients[turn.stage][m]) + row * 128 +
                                  ((piece ^ (row % 8)) * 16),
-                             columns[m] + at, places[i] >= 0);
+                             columns[m] + at, half.has(places[i]));
         }
       }
       ptx::copy_async_arrive(&shared.full[turn.stage]);
