@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
 
 #include "cuda/layout.h"
 #include "plan/choice.h"
@@ -157,23 +158,32 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
   return out;
 }
 
-// Tiles of a forward's chunk: as many as `most`, or as few as half of it, so that the gate needs
-// the fewest waves in all. Its pieces are pairs of tiles by blocks of neurons, one at a time on
-// each pair of multiprocessors.
+// Tiles of a forward's chunk: `most` or fewer, down to half of it, for the fewest waves of the gate
+// in all, next the fewest chunks, next the fewest waves of down. The gate's pieces are pairs of
+// tiles by blocks of neurons, one at a time on each pair of multiprocessors; down's are tiles by
+// strips of outputs.
 std::int64_t chunk_tiles(const FfnProblem& problem, const Device& device, std::int64_t most) {
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
   const std::int64_t blocks = cuda::ceil_div<std::int64_t>(problem.neurons, cuda::kBlockNeurons);
-  const std::int64_t pairs_at_once = std::max(1, device.multiprocessors / 2);
-  const auto waves = [&](std::int64_t chunk) {
-    return cuda::ceil_div(cuda::ceil_div<std::int64_t>(chunk, 2) * blocks, pairs_at_once);
-  };
-  const auto all_waves = [&](std::int64_t chunk) {
+  const std::int64_t strips = cuda::ceil_div<std::int64_t>(problem.hidden, cuda::kDownOutputs);
+  const std::int64_t at_once = std::max(2, device.multiprocessors);
+  const auto in_all = [&](std::int64_t chunk, auto&& waves) {
     return tiles / chunk * waves(chunk) + waves(tiles % chunk);
+  };
+  const auto gate_waves = [&](std::int64_t count) {
+    return cuda::ceil_div(cuda::ceil_div<std::int64_t>(count, 2) * blocks, at_once / 2);
+  };
+  const auto down_waves = [&](std::int64_t count) {
+    return cuda::ceil_div(count * strips, at_once);
+  };
+  const auto cost = [&](std::int64_t chunk) {
+    return std::tuple(in_all(chunk, gate_waves), cuda::ceil_div(tiles, chunk),
+                      in_all(chunk, down_waves));
   };
   if (tiles <= most) return std::max<std::int64_t>(1, tiles);
   std::int64_t best = most;
   for (std::int64_t chunk = best - 1; 2 * chunk >= most; --chunk) {
-    if (all_waves(chunk) < all_waves(best)) best = chunk;
+    if (cost(chunk) < cost(best)) best = chunk;
   }
   return best;
 }

@@ -89,6 +89,17 @@ TEST(PlanCuda, TrainsWithABoundedWorkspaceAndLittleSaved) {
             plan.backward_workspace_bytes);
 }
 
+TEST(PlanCuda, CutsLongInputsSoThatTheirWavesAreFull) {
+  PlanOptions options;
+  options.path = FfnPath::kSparse;
+  // 132 pairs of tiles by 22 blocks of neurons are 44 waves of 66 pairs of multiprocessors, and 264
+  // tiles by 8 strips of outputs 16 waves of 132. 270 tiles would be as good for the gate, but not
+  // for down; 256 for neither.
+  EXPECT_EQ(plan_ffn(problem(131072), hopper(), options)->chunk_tokens, 264 * 128);
+  EXPECT_EQ(plan_ffn(problem(272 * 128), hopper(), options)->chunk_tokens, 272 * 128);
+  EXPECT_EQ(plan_ffn(problem(300), hopper(), options)->chunk_tokens, 3 * 128);
+}
+
 TEST(PlanCuda, TrainsInSmallChunksThatFillTheMultiprocessors) {
   PlanOptions options;
   options.path = FfnPath::kSparse;

@@ -22,7 +22,7 @@ struct Config {
   static constexpr int kConsumers = 2;
   static constexpr int kProducers = 128;
   static constexpr int kThreads = kProducers + 128 * kConsumers;
-  static constexpr int kOutputs = 256;
+  static constexpr int kOutputs = kDownOutputs;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
 };
