@@ -22,6 +22,7 @@ const std::string kEmbedding = "model.embed_tokens.weight";
 const std::string kHead = "lm_head.weight";
 const std::string kFinalNorm = "model.norm.weight";
 const std::string kDown = "mlp.down_proj.weight";
+const std::string kQk = "self_attn.qk_proj.";
 
 std::string layer_name(int layer, const std::string& name) {
   return "model.layers." + std::to_string(layer) + "." + name;
@@ -57,6 +58,54 @@ std::map<std::string, std::vector<int64_t>> checkpoint_shapes(const ModelConfig&
     add(kDown, {hidden, c.intermediate_size});
   }
   return shapes;
+}
+
+// The projections of a layer that are one product here, since both are rotated.
+struct QkPart {
+  std::string name;  // as in a checkpoint
+  int64_t rows;
+};
+
+std::vector<QkPart> qk_parts(const ModelConfig& c) {
+  return {{"self_attn.q_proj.", c.num_attention_heads * c.head_dim},
+          {"self_attn.k_proj.", c.num_key_value_heads * c.head_dim}};
+}
+
+std::vector<std::string> qk_kinds(const ModelConfig& c) {
+  return c.qkv_bias() ? std::vector<std::string>{"weight", "bias"}
+                      : std::vector<std::string>{"weight"};
+}
+
+// A checkpoint's tensors ↔ a model's.
+Llama::Parameters from_checkpoint(const ModelConfig& c, std::map<std::string, Tensor> tensors) {
+  for (int layer = 0; layer < c.num_hidden_layers; ++layer) {
+    for (const std::string& kind : qk_kinds(c)) {
+      std::vector<Tensor> parts;
+      for (const QkPart& part : qk_parts(c)) {
+        parts.push_back(tensors.extract(layer_name(layer, part.name + kind)).mapped());
+      }
+      tensors[layer_name(layer, kQk + kind)] = torch::cat(parts);
+    }
+    Tensor& down = tensors.at(layer_name(layer, kDown));
+    down = down.t().contiguous();
+  }
+  return tensors;
+}
+
+std::map<std::string, Tensor> to_checkpoint(const ModelConfig& c, Llama::Parameters tensors) {
+  for (int layer = 0; layer < c.num_hidden_layers; ++layer) {
+    for (const std::string& kind : qk_kinds(c)) {
+      const Tensor both = tensors.extract(layer_name(layer, kQk + kind)).mapped();
+      int64_t row = 0;
+      for (const QkPart& part : qk_parts(c)) {
+        tensors[layer_name(layer, part.name + kind)] = both.narrow(0, row, part.rows);
+        row += part.rows;
+      }
+    }
+    Tensor& down = tensors.at(layer_name(layer, kDown));
+    down = down.t().contiguous();
+  }
+  return tensors;
 }
 
 std::string to_text(at::IntArrayRef shape) {
@@ -97,14 +146,14 @@ Tensor rotations(const Tensor& cos, const Tensor& sin) {
   return r;
 }
 
-// x [batch, length, heads, head_dim] times R of the same positions. Small products, one for each
-// position and sequence, beat elementwise kernels: they read x and write the result once.
+// The heads of queries and keys side by side, [batch, length, heads + kv_heads, head_dim], become q
+// and k: times R of their positions. Small products, one for each position and sequence, beat
+// elementwise kernels: they read x and write the result once.
 struct Rotate : torch::autograd::Function<Rotate> {
   static constexpr int64_t kPiece = 2048;  // positions whose R exist at once
 
-  // `back`: times R transposed.
-  static Tensor turn(const Tensor& x, const Rotation& rotation, bool back) {
-    Tensor y = torch::empty(x.sizes(), x.options());
+  // y = x R; `back`: times R transposed.
+  static void turn(const Tensor& x, const Tensor& y, const Rotation& rotation, bool back) {
     for (int64_t first = 0; first < x.size(1); first += kPiece) {
       const int64_t count = std::min(kPiece, x.size(1) - first);
       const Tensor r = rotation.matrices.defined()
@@ -116,17 +165,27 @@ struct Rotate : torch::autograd::Function<Rotate> {
         torch::bmm_out(part, x[i].narrow(0, first, count), back ? r.transpose(1, 2) : r);
       }
     }
-    return y;
   }
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
-                        const Rotation& rotation) {
+
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
+                                                const Tensor& qk, int64_t heads,
+                                                const Rotation& rotation) {
     ctx->save_for_backward({rotation.cos, rotation.sin, rotation.matrices});
-    return turn(x, rotation, false);
+    const Tensor rotated = torch::empty(qk.sizes(), qk.options());
+    turn(qk, rotated, rotation, false);
+    return {rotated.narrow(2, 0, heads), rotated.narrow(2, heads, qk.size(2) - heads)};
   }
+
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    return {turn(grads[0], {saved[0], saved[1], saved[2]}, true), Tensor()};
+    const Tensor &q = grads[0], &k = grads[1];
+    const Tensor qk =
+        torch::empty({q.size(0), q.size(1), q.size(2) + k.size(2), q.size(3)}, q.options());
+    const Rotation rotation{saved[0], saved[1], saved[2]};
+    turn(q, qk.narrow(2, 0, q.size(2)), rotation, true);
+    turn(k, qk.narrow(2, q.size(2), k.size(2)), rotation, true);
+    return {qk, Tensor(), Tensor()};
   }
 };
 
@@ -193,6 +252,7 @@ Llama Llama::create(const ModelConfig& config, uint64_t seed, torch::ScalarType 
   Llama model(config, compute, device);
   const double residual = 1 / std::sqrt(2.0 * static_cast<double>(config.num_hidden_layers));
   const auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  std::map<std::string, Tensor> tensors;
   for (const auto& [name, shape] : checkpoint_shapes(config)) {
     Tensor value = torch::empty(shape, torch::kFloat32);
     const bool closes_block = name.ends_with("o_proj.weight") || name.ends_with(kDown);
@@ -203,9 +263,9 @@ Llama Llama::create(const ModelConfig& config, uint64_t seed, torch::ScalarType 
     } else {
       value.normal_(0, config.initializer_range * (closes_block ? residual : 1), generator);
     }
-    if (name.ends_with(kDown)) value = value.t().contiguous();
-    model.parameters_[name] = value.to(device);
+    tensors[name] = value.to(device);
   }
+  model.parameters_ = from_checkpoint(config, std::move(tensors));
   return model;
 }
 
@@ -214,6 +274,7 @@ Llama Llama::load(const std::filesystem::path& folder, torch::ScalarType stored,
   Llama model(read_config(folder), compute, device);
   const Safetensors file = Safetensors::open(folder);
   const auto shapes = checkpoint_shapes(model.config_);
+  std::map<std::string, Tensor> tensors;
   for (const auto& [name, info] : file.tensors()) {
     const bool tied_copy = name == kHead && model.config_.tie_word_embeddings;
     if (!shapes.contains(name) && !tied_copy) {
@@ -234,21 +295,18 @@ Llama Llama::load(const std::filesystem::path& folder, torch::ScalarType stored,
       throw Error(folder.string() + ": tensor '" + name + "' is " +
                   c10::toString(value.scalar_type()) + "; weights must be floating-point");
     }
-    if (name.ends_with(kDown)) value = value.t();
-    model.parameters_[name] = value.to(torch::TensorOptions(device).dtype(stored)).contiguous();
+    tensors[name] = value.to(torch::TensorOptions(device).dtype(stored)).contiguous();
   }
+  model.parameters_ = from_checkpoint(model.config_, std::move(tensors));
   return model;
 }
 
 void Llama::save(const std::filesystem::path& folder, torch::ScalarType dtype) const {
-  std::map<std::string, Tensor> tensors;
-  for (const auto& [name, value] : parameters_) {
-    const Tensor stored = value.detach().to(dtype);
-    tensors[name] = name.ends_with(kDown) ? stored.t().contiguous() : stored;
-  }
+  Parameters stored;
+  for (const auto& [name, value] : parameters_) stored[name] = value.detach().to(dtype);
   ModelConfig config = config_;
   config.dtype = dtype == torch::kBFloat16 ? "bfloat16" : "float32";
-  write_safetensors(folder / "model.safetensors", tensors);
+  write_safetensors(folder / "model.safetensors", to_checkpoint(config_, std::move(stored)));
   write_config(folder, config);
 }
 
@@ -299,17 +357,17 @@ void Llama::reserve(KvCache& cache, int64_t length) {
 }
 
 Tensor Llama::attention(int layer, const Tensor& x, const Rotation& rotation, KvCache* cache) {
-  const int64_t batch = x.size(0), length = x.size(1), head_dim = config_.head_dim;
-  const auto split = [&](const std::string& name, int64_t heads) {
-    const std::string base = layer_name(layer, "self_attn." + name + "_proj.");
-    const Tensor bias = config_.qkv_bias() ? weight(base + "bias") : Tensor();
-    return torch::linear(x, weight(base + "weight"), bias).view({batch, length, heads, head_dim});
+  const int64_t batch = x.size(0), length = x.size(1);
+  const int64_t heads = config_.num_attention_heads;
+  const auto project = [&](const std::string& name) {
+    const Tensor bias = config_.qkv_bias() ? weight(layer_name(layer, name + "bias")) : Tensor();
+    return torch::linear(x, weight(layer_name(layer, name + "weight")), bias)
+        .view({batch, length, -1, config_.head_dim});
   };
+  const auto qk = Rotate::apply(project(kQk), heads, rotation);
   // [batch, heads, length, head_dim], as views
-  const int64_t kv_heads = config_.num_key_value_heads;
-  const Tensor q = Rotate::apply(split("q", config_.num_attention_heads), rotation).transpose(1, 2);
-  Tensor k = Rotate::apply(split("k", kv_heads), rotation).transpose(1, 2);
-  Tensor v = split("v", kv_heads).transpose(1, 2);
+  const Tensor q = qk[0].transpose(1, 2);
+  Tensor k = qk[1].transpose(1, 2), v = project("self_attn.v_proj.").transpose(1, 2);
   if (cache != nullptr) {
     const auto index = static_cast<size_t>(layer);
     k = append(cache->keys[index], k, *cache);

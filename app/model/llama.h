@@ -52,7 +52,8 @@ struct Rotation {
 };
 
 // The weights are leaves named as in the checkpoint ("model.layers.0.mlp.gate_proj.weight"), with
-// one difference: down_proj is held neuron-major, [neurons, hidden]. Training holds them in
+// two differences: down_proj is held neuron-major, [neurons, hidden], and q_proj and k_proj are
+// one, self_attn.qk_proj, [queries + keys, hidden]. Training holds them in
 // float32 and computes in bf16: forward casts, and autograd returns float32 gradients. Inference
 // holds them in the compute dtype.
 class Llama {

@@ -1,5 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <string>
+
 #include "app/error.h"
 #include "app/model/decoder.h"
 #include "app/model/llama.h"
@@ -82,6 +85,40 @@ TEST(Llama, LaterTokensDoNotReachEarlierOnes) {
   EXPECT_GT(difference(whole.narrow(1, 12, 1), other.narrow(1, 12, 1)), 1e-3);
 }
 
+// Along random directions; the norms are float32's.
+TEST(Llama, AttentionGradientsMatchDifferences) {
+  torch::manual_seed(3);
+  ModelConfig config = small_config();
+  config.attention_bias = true;
+  Llama model = Llama::create(config, 7, torch::kFloat64, torch::kCPU);
+  for (auto& [name, value] : model.parameters()) value = value.to(torch::kFloat64);
+  const Tensor tokens = some_tokens(2, 9);
+  const auto loss = [&] { return model.forward(tokens).pow(3).sum(); };
+  for (const char* kind : {"weight", "bias"}) {
+    Tensor& qk = model.parameters().at(std::string("model.layers.0.self_attn.qk_proj.") + kind);
+    const Tensor before = qk.clone();
+    qk.requires_grad_(true);
+    const Tensor gradient = torch::autograd::grad({loss()}, {qk})[0];
+    const torch::NoGradGuard no_grad;
+    for (const int64_t first : {0, 32}) {  // the rows of q and k
+      Tensor direction = torch::zeros_like(before);
+      direction.narrow(0, first, first == 0 ? 32 : 16).normal_();
+      const auto along = [&](double step) {
+        qk.copy_(before + step * direction);
+        return loss().item<double>();
+      };
+      const double step = 3e-4;
+      const double want = (along(step) - along(-step)) / (2 * step);
+      const double got = (gradient * direction).sum().item<double>();
+      qk.copy_(before);
+      const double size = (gradient * (direction != 0)).norm().item<double>();
+      EXPECT_NEAR(got, want, 0.02 * size) << kind << " from row " << first;
+      EXPECT_GT(size, 1) << kind << " from row " << first;
+    }
+    qk.requires_grad_(false);
+  }
+}
+
 // One token at a time, in one go, and in uneven parts.
 TEST(KvCache, EqualsTheFullForward) {
   const torch::NoGradGuard no_grad;
@@ -112,12 +149,12 @@ TEST(KvCache, EqualsTheFullForward) {
 TEST(KvCache, ALongPromptMayComeInParts) {
   Llama model = small_model();
   const Tensor tokens = some_tokens(2, 4100);
-  Tensor& q = model.parameters().at("model.layers.0.self_attn.q_proj.weight");
-  q.requires_grad_(true);
+  Tensor& qk = model.parameters().at("model.layers.0.self_attn.qk_proj.weight");
+  qk.requires_grad_(true);
   const Tensor whole = model.forward(tokens);
   // Later tokens change no earlier ones, so neither the gradients of these.
   const auto gradient = [&](const Tensor& hidden) {
-    return torch::autograd::grad({hidden.narrow(1, 0, 2000).square().sum()}, {q})[0];
+    return torch::autograd::grad({hidden.narrow(1, 0, 2000).square().sum()}, {qk})[0];
   };
   const Tensor want = gradient(model.forward(tokens.narrow(1, 0, 2000)));
   EXPECT_LT(difference(gradient(whole), want), 1e-3 * want.abs().max().item<double>());
