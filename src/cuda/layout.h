@@ -42,8 +42,9 @@ inline constexpr int kGroupBlocks = 32;  // lists of tokens that exist at once
 inline constexpr std::int64_t kEntryShare = 32;
 inline constexpr std::int64_t kMaxEntries = (std::int64_t{1} << 25) - 1;
 
-// Room for the columns of g and u that the forward keeps for the backward: as if this share of all
-// neurons were in the union of each tile. Tiles for which it is too little are computed anew.
+// Room for the columns of g and u that the forward keeps for the backward: as if the steps of every
+// half (HalfColumns) had this share of all neurons. Tiles for which it is too little are computed
+// anew.
 inline constexpr double kSavedShare = 0.14;
 
 // Sizes of what token_lists.h declares.
