@@ -31,23 +31,32 @@ struct Union {
   int columns() const { return columns(0) + columns(1); }
 };
 
-// What a gate projection leaves: g [tokens, neurons], positive at about `density` of the places of
-// every third block of neurons and at half as many elsewhere.
-struct Columns {
+// Which neurons each half tile uses: none.
+struct Masks {
   int tokens, neurons;
   int tiles, blocks, capacity;
-  std::vector<bf16> g;
   std::vector<std::uint32_t> masks;
-  std::vector<bf16> columns;
 
-  Columns(int m, int n, double density)
+  Masks(int m, int n)
       : tokens(m),
         neurons(n),
         tiles(ceil_div(m, kTileTokens)),
         blocks(ceil_div(n, kBlockNeurons)),
         capacity(ceil_div(n, kUnionStep) * kUnionStep),
+        masks(2 * tiles * blocks * kMaskWords) {}
+
+  int words() const { return blocks * kMaskWords; }  // of a half tile
+};
+
+// What a gate projection leaves: g [tokens, neurons], positive at about `density` of the places of
+// every third block of neurons and at half as many elsewhere.
+struct Columns : Masks {
+  std::vector<bf16> g;
+  std::vector<bf16> columns;
+
+  Columns(int m, int n, double density)
+      : Masks(m, n),
         g(static_cast<std::size_t>(m) * n),
-        masks(2 * tiles * blocks * kMaskWords),
         columns(2 * tiles * blocks * kBlockNeurons * kHalfTokens, kPoison) {
     std::mt19937 random(m + n);
     std::uniform_real_distribution<double> uniform;
@@ -114,7 +123,7 @@ struct Columns {
 struct UnionBuffers {
   DeviceBuffer masks, unions, counts, halves, order;
 
-  explicit UnionBuffers(const Columns& host)
+  explicit UnionBuffers(const Masks& host)
       : masks(host.masks),
         unions(host.tiles * host.capacity * sizeof(UnionEntry)),
         counts(host.tiles * 4),
@@ -122,7 +131,7 @@ struct UnionBuffers {
         order(host.tiles * 4) {}
 
   // With room for the columns of all tiles at once.
-  ForwardChunk chunk(const Columns& host, bool by_half) const {
+  ForwardChunk chunk(const Masks& host, bool by_half) const {
     ForwardChunk chunk = {};
     chunk.tokens = host.tokens;
     chunk.tiles = host.tiles;
@@ -175,7 +184,8 @@ class CudaLists : public GpuTest,
 };
 
 INSTANTIATE_TEST_SUITE_P(NeuronsDensityAndOrder, CudaLists,
-                         ::testing::Combine(::testing::Values(8, 264, 1000, 9000),
+                         // 20,000 neurons' words take the kernel of the unions three passes.
+                         ::testing::Combine(::testing::Values(8, 264, 1000, 20000),
                                             ::testing::Values(0.0, 0.002, 0.01, 0.1, 1.0),
                                             ::testing::Bool()));
 
@@ -408,7 +418,8 @@ TEST_P(CudaLists, CutTheWorkForAllMultiprocessors) {
 }
 
 // Each round takes the tiles for which there is room, down to that for one, until it has its share;
-// rounds left over take none.
+// rounds left over take none. A schedule has room for as many items as its round has room for steps
+// of one half, and with so many multiprocessors each step is an item.
 TEST_P(CudaLists, CutTheTilesIntoRounds) {
   const UnionBuffers buffers(host);
   int most = kUnionStep, all = 0;
@@ -420,9 +431,10 @@ TEST_P(CudaLists, CutTheTilesIntoRounds) {
     SCOPED_TRACE(std::to_string(room) + " columns");
     const int rounds = host.tiles + 1;
     const int share = all > 0 ? ceil_div(all, ceil_div(all, room)) : 0;
-    const std::size_t words = schedule_words() + 2;
+    const std::size_t words = kScheduleHeader / 4 + room / kUnionStep;
     const DeviceBuffer schedules(std::vector<std::int32_t>(rounds * words, 0));
     ForwardChunk chunk = chunk_of(buffers);
+    chunk.multiprocessors = 2 * host.tiles * host.capacity / kUnionStep;
     chunk.room = room;
     chunk.rounds = rounds;
     chunk.schedule = schedules.as<Schedule>();
@@ -445,7 +457,7 @@ TEST_P(CudaLists, CutTheTilesIntoRounds) {
         EXPECT_EQ(halves[2 * tile].base, taken);
         tiles.insert(tile);
         taken += unions[tile].columns();
-        items += items_of(tile);
+        items += unions[tile].steps();
         ++tile;
       }
       ASSERT_EQ(schedule[4], static_cast<int>(tiles.size()));
@@ -457,6 +469,102 @@ TEST_P(CudaLists, CutTheTilesIntoRounds) {
       EXPECT_EQ(std::set<int>(&order[schedule[3]], &order[schedule[3]] + tiles.size()), tiles);
     }
     EXPECT_EQ(tile, host.tiles);
+  }
+}
+
+// Unions of given numbers of neurons of the first half alone, of both and of the second alone, with
+// empty halves, steps that several of these share, and all neurons that there can be.
+using CudaUnions = GpuTest;
+
+TEST_F(CudaUnions, PlaceUnevenHalves) {
+  using Sizes = std::array<int, UsedNeurons::kClasses>;
+  const std::vector<Sizes> few = {{0, 0, 0},    {1, 0, 0},  {0, 1, 0},    {0, 0, 1},   {1, 0, 1},
+                                  {64, 0, 0},   {0, 64, 0}, {0, 0, 64},   {64, 0, 64}, {63, 1, 64},
+                                  {64, 64, 64}, {1, 62, 1}, {65, 1, 127}, {5, 0, 300}, {300, 0, 5},
+                                  {2, 998, 0},  {0, 998, 2}};
+  const std::vector<Sizes> all = {
+      {0, 65536, 0}, {65536, 0, 0}, {0, 0, 65536}, {30000, 5536, 30000}, {1, 65534, 1}};
+  for (const auto& [neurons, tiles] : {std::pair(1000, few), std::pair(65536, all)}) {
+    Masks host(static_cast<int>(tiles.size()) * kTileTokens, neurons);
+    std::mt19937 random(neurons);
+    std::vector<int> shuffled(neurons);
+    for (int n = 0; n < neurons; ++n) shuffled[n] = n;
+    for (int tile = 0; tile < host.tiles; ++tile) {
+      std::shuffle(shuffled.begin(), shuffled.end(), random);
+      const auto [first, both, second] = tiles[tile];
+      for (int i = 0; i < first + both + second; ++i) {
+        const int word = shuffled[i] / 32;
+        std::uint32_t* masks = &host.masks[2 * tile * host.words() + word];
+        if (i < first + both) masks[0] |= 1u << (shuffled[i] % 32);
+        if (i >= first) masks[host.words()] |= 1u << (shuffled[i] % 32);
+      }
+    }
+
+    const UnionBuffers buffers(host);
+    const DeviceBuffer words(host.tiles * host.words() * sizeof(WordPositions));
+    const DeviceBuffer schedule(std::vector<std::int32_t>(
+        kScheduleHeader / 4 + host.tiles * host.capacity / kUnionStep, 0));
+    ForwardChunk chunk = buffers.chunk(host, true);
+    chunk.words = words.as<WordPositions>();
+    chunk.schedule = schedule.as<Schedule>();
+    ASSERT_TRUE(launch_unions(chunk, nullptr).ok());
+    require_cuda(cudaDeviceSynchronize());
+    buffers.expect_guards_intact();
+    EXPECT_TRUE(words.guard_intact());
+    EXPECT_TRUE(schedule.guard_intact());
+
+    const auto got_counts = buffers.counts.download<std::int32_t>();
+    const auto got_halves = buffers.halves.download<HalfColumns>();
+    const auto got_unions = buffers.unions.download<UnionEntry>();
+    const auto got_words = words.download<WordPositions>();
+    const auto got_schedule = schedule.download<std::int32_t>();
+    int next = 0;  // column
+    for (int tile = 0; tile < host.tiles; ++tile) {
+      const auto [first, both, second] = tiles[tile];
+      SCOPED_TRACE(std::to_string(first) + ", " + std::to_string(both) + ", " +
+                   std::to_string(second) + " of " + std::to_string(neurons));
+      const int total = first + both + second;
+      ASSERT_EQ(got_counts[tile], total);
+      const int begins[2] = {0, first}, ends[2] = {first + both, total};  // positions
+      for (int half = 0; half < 2; ++half) {
+        const HalfColumns got = got_halves[2 * tile + half];
+        const bool empty = begins[half] == ends[half];
+        ASSERT_EQ(got.first, empty ? 0 : begins[half] / kUnionStep);
+        ASSERT_EQ(got.end, empty ? 0 : ceil_div(ends[half], kUnionStep));
+        if (!empty) {
+          ASSERT_EQ(got.base + got.first * kUnionStep, next);
+        }
+        next += got.steps() * kUnionStep;
+      }
+      const std::uint32_t* masks = &host.masks[2 * tile * host.words()];
+      for (int i = 0; i < total; ++i) {
+        const UnionEntry entry = got_unions[static_cast<std::size_t>(tile) * host.capacity + i];
+        const int kind = i < first ? 0 : i < first + both ? 1 : 2;
+        ASSERT_EQ(entry.in_half(0), kind != 2);
+        ASSERT_EQ(entry.in_half(1), kind != 0);
+        if (i > 0 && i != first && i != first + both) {
+          const UnionEntry before =
+              got_unions[static_cast<std::size_t>(tile) * host.capacity + i - 1];
+          ASSERT_LT(before.row(), entry.row());
+        }
+        const auto word = static_cast<int>(entry.row() / 32);
+        const std::uint32_t bit = 1u << (entry.row() % 32);
+        const UsedNeurons used(masks[word], masks[host.words() + word]);
+        ASSERT_NE(used.classes[kind] & bit, 0u);
+        ASSERT_EQ(got_words[tile * host.words() + word].first[kind] +
+                      std::popcount(used.classes[kind] & (bit - 1)),
+                  i);
+      }
+    }
+    for (int i = 0; i < got_schedule[0]; ++i) {
+      const UnionItem item = item_at(got_schedule.data(), i);
+      for (int step = 0; step < item.steps(); ++step) {
+        for (int half = 0; half < 2; ++half) {
+          EXPECT_EQ(item.part(half).has(step),
+                    got_halves[2 * item.tile() + half].has((item.first() + step) * kUnionStep));
+        }
+      }
+    }
   }
 }
 
