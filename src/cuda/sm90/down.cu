@@ -257,9 +257,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 Status make_pair(Pair& pair, const ForwardChunk& chunk, const std::uint32_t* h, const void* down) {
-  const std::int64_t h_rows = std::int64_t{chunk.room};
   pair.rows = static_cast<const __nv_bfloat16*>(down);
-  Status status = make_tensor_map(pair.h, h, h_rows, kHalfTokens, kUnionStep);
+  Status status = make_tensor_map(pair.h, h, chunk.room, kHalfTokens, kUnionStep);
   if (!status.ok()) return status;
   return make_tensor_map(pair.down, down, chunk.neurons, chunk.hidden, kUnionStep);
 }
