@@ -31,6 +31,12 @@ struct UnionEntry {
   }
 };
 
+// Whether the 64 neurons of a step are neighbours in ascending order, by its first and its last
+// entry. Neurons ascend only among those that the same halves use (HalfColumns).
+__host__ __device__ inline bool are_adjacent(UnionEntry first, UnionEntry last) {
+  return first.neuron >> 16 == last.neuron >> 16 && last.row() - first.row() == kUnionStep - 1;
+}
+
 // Where the columns of a half lie: those of the steps [first, end) of 64 positions of its tile's
 // union, outside of which the half uses no neuron, side by side. On Hopper unions are ordered for
 // it: neurons of the first half alone, those of both, those of the second alone, each in ascending

@@ -123,6 +123,21 @@ TEST_F(CudaBackward, MatchesFloat64AtUnevenPatterns) {
   }
 }
 
+// As the forward's test of the same name.
+TEST_F(CudaBackward, GathersAStepThatIsAdjacentAtItsEndsOnly) {
+  for (const FfnKind kind : kKinds) {
+    TrainingBlock block(kind, 128, 72, 136, 1);
+    for (std::int64_t t = 0; t < 128; ++t) block.x[t * 72 + 1] = to_bf16(t < 64 ? 0.0f : -8.0f);
+    std::vector<bf16>& deciding = block.gated() ? block.gate : block.up;
+    for (std::int64_t n = 0; n < 136; ++n) {
+      deciding[n * 72 + 1] = to_bf16(n == 0 || n == 10 ? 3.5f : 0.0f);
+    }
+    for (const double share : {0.0, kKeepAll}) {
+      check(block, "neurons 0 and 10 of the first half alone", 0, share);
+    }
+  }
+}
+
 TEST_F(CudaBackward, TakesNoTokens) {
   for (const FfnKind kind : kKinds) check(TrainingBlock(kind, 0, 24, 72, 0.5), "none");
 }

@@ -90,6 +90,20 @@ TEST_F(CudaForward, TakesActiveTokensInOneTileOnly) {
   check(block, "one tile");
 }
 
+// All 64 neurons of the first step lie side by side, and so do its first and last: but in between
+// neuron 10, which the second half does not use either, comes second.
+TEST_F(CudaForward, GathersAStepThatIsAdjacentAtItsEndsOnly) {
+  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+    Block block(kind, 128, 72, 136, 1);
+    for (std::int64_t t = 0; t < 128; ++t) block.x[t * 72 + 1] = to_bf16(t < 64 ? 0.0f : -8.0f);
+    std::vector<bf16>& deciding = kind == FfnKind::kGated ? block.gate : block.up;
+    for (std::int64_t n = 0; n < 136; ++n) {
+      deciding[n * 72 + 1] = to_bf16(n == 0 || n == 10 ? 9.0f : 0.0f);
+    }
+    check(block, "neurons 0 and 10 of the first half alone");
+  }
+}
+
 class CudaForwardNotFinite : public CudaForward {
  protected:
   // y is NaN, infinite (of the same sign) or finite where the dense block's is.

@@ -130,8 +130,8 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
         const int count = min(Lookahead::kSteps, work.steps - first);
 #pragma unroll 1
         for (int step = 0; step < count; ++step, ring.advance()) {
-          const int first_row = now.first(step).row();
-          const bool adjacent = now.last(step).row() - first_row == kUnionStep - 1;
+          const UnionEntry first_entry = now.first(step);
+          const bool adjacent = are_adjacent(first_entry, now.last(step));
           const __nv_bfloat16* sources[kTurns];
           bool in_use[kTurns];
 #pragma unroll
@@ -156,7 +156,8 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
             }
             for (int group = 0; adjacent && group < kGroups; ++group) {
               ptx::tma_load(shared.down[stage] + group * kGroupElements, &pair.down,
-                            &shared.full[stage], work.column + group * 64, first_row);
+                            &shared.full[stage], work.column + group * 64,
+                            static_cast<int>(first_entry.row()));
             }
           }
           if (!adjacent) {

@@ -161,7 +161,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
       const bool exists = group < item.steps();
       const UnionEntry* mine = entries + (exists ? group * kUnionStep : 0);
       group_row[group] = mine[0].row();
-      const bool adjacent = exists && mine[kUnionStep - 1].row() == mine[0].row() + kUnionStep - 1;
+      const bool adjacent = exists && are_adjacent(mine[0], mine[kUnionStep - 1]);
       gathered[group] = exists && !adjacent;
       if (!exists) group_row[group] = -1;
       bytes += adjacent ? kGroupElements * 2 : 0;
