@@ -14,6 +14,7 @@
 
 #include "cuda/layout.h"
 #include "twell/device.h"
+#include "twell/format.h"
 #include "twell/status.h"
 
 namespace twell::cuda {
@@ -112,6 +113,7 @@ class UnionItem {
 };
 
 static_assert(kMaxChunkTiles <= 1 << 10 && kUnionItem / kUnionStep == 4);
+static_assert(kTwellMaxColumns / kUnionStep <= 1 << 10);
 
 static_assert(sizeof(UnionEntry) == 8 && sizeof(UnionItem) == 4 &&
               sizeof(HalfColumns) == kHalfColumnsBytes &&

@@ -20,18 +20,19 @@ inline constexpr int kHalfTokens = 64;     // tokens of one warpgroup's products
 inline constexpr int kBlockNeurons = 256;  // neurons of one piece of gate work
 inline constexpr int kMaskWords = kBlockNeurons / 32;
 inline constexpr int kColumnWords = kHalfTokens / 2;
-inline constexpr int kUnionStep = 64;     // unions are padded to a multiple of this
-inline constexpr int kUnionItem = 256;    // union positions of the largest piece of up work
-inline constexpr int kDownOutputs = 256;  // of the largest piece of down work
-inline constexpr int kMaxChunkTiles = 1024;
-inline constexpr int kScheduleHeader = 20;  // bytes before the pieces of up work
-inline constexpr int kStatsParts = 4;       // of a tile, whose Σ |h| are summed apart
+inline constexpr int kUnionStep = 64;         // unions are padded to a multiple of this
+inline constexpr int kUnionItem = 256;        // union positions of the largest piece of up work
+inline constexpr int kDownOutputs = 256;      // of the largest piece of down work
+inline constexpr int kMaxForwardTiles = 272;  // of a chunk: the more, the less its last waves cost
+inline constexpr int kScheduleHeader = 20;    // bytes before the pieces of up work
+inline constexpr int kStatsParts = 4;         // of a tile, whose Σ |h| are summed apart
 
 // Of the backward. A chunk's masks and unions are made at once; its columns of dg, du and h in
 // rounds, each of as many tiles as there is room for. With every neuron in their unions that is
 // kArenaShare of the chunk's tiles, and at least kMinRoundTiles; of the traces' layers 4 to 46% of
 // the neurons are.
 inline constexpr int kMaxBackwardTiles = 256;
+inline constexpr int kMaxChunkTiles = std::max(kMaxForwardTiles, kMaxBackwardTiles);
 inline constexpr int kMaxRowTiles = 64;  // where tokens of lists have rows (NeuronRows)
 inline constexpr double kArenaShare = 0.26;
 inline constexpr std::int64_t kMinRoundTiles = 32;

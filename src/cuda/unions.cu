@@ -8,15 +8,21 @@
 namespace twell::cuda {
 namespace {
 
-constexpr int kThreads = 288;  // no fewer than a forward has tiles at once, for the last CTA
+constexpr int kThreads = 288;
+static_assert(kThreads >= kMaxChunkTiles, "the last CTA has a thread for each tile");
 constexpr int kWarps = kThreads / 32;
 constexpr int kStepCounts = kUnionItem / kUnionStep;
 
-// The sum of `value` over the threads before this one; `total` receives that over all. All
-// threads call; `scratch`, 16-byte aligned so that its vector loads touch nothing else, may be
-// reused after the next call with the other scratch.
+// A value of each warp, in whole vectors, so that vector loads touch nothing else.
 template <class T>
-__device__ __forceinline__ T exclusive_sum(T value, T (&scratch)[kWarps], T& total) {
+struct alignas(16) Scratch {
+  T of_warp[kWarps];
+};
+
+// The sum of `value` over the threads before this one; `total` receives that over all. All threads
+// call; `scratch` may be reused after the next call with the other scratch.
+template <class T>
+__device__ __forceinline__ T exclusive_sum(T value, Scratch<T>& scratch, T& total) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   T sum = value;
@@ -25,14 +31,14 @@ __device__ __forceinline__ T exclusive_sum(T value, T (&scratch)[kWarps], T& tot
     const T other = __shfl_up_sync(~0u, sum, distance);
     if (lane >= distance) sum += other;
   }
-  if (lane == 31) scratch[warp] = sum;
+  if (lane == 31) scratch.of_warp[warp] = sum;
   __syncthreads();
   T before = 0;
   total = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += scratch[w];
-    total += scratch[w];
+    if (w < warp) before += scratch.of_warp[w];
+    total += scratch.of_warp[w];
   }
   return before + sum - value;
 }
@@ -123,7 +129,7 @@ __device__ __forceinline__ void write_entries(const ForwardChunk& chunk, UnionEn
 }
 
 __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile) {
-  alignas(16) __shared__ ClassCounts scratch[2][kWarps];
+  __shared__ Scratch<ClassCounts> scratch[2];
   __shared__ Word shared[kWarps][32];
   const int words = chunk.blocks * kMaskWords;
   const std::uint32_t* masks = chunk.masks + static_cast<std::size_t>(2 * tile) * words;
@@ -215,22 +221,13 @@ __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const Til
   if (chunk.multiprocessors == 0) return kStepCounts;
   if (threadIdx.x < kStepCounts * kStepCounts) (&items[0][0])[threadIdx.x] = 0;
   __syncthreads();
-  int mine[kStepCounts][kStepCounts] = {};
-  for (int tile = threadIdx.x; tile < tiles; tile += kThreads) {
-    const int all = work[tile].steps();
-#pragma unroll
-    for (int most = 1; most <= kStepCounts; ++most) {
-#pragma unroll
-      for (int steps = 1; steps <= most; ++steps) {
-        mine[most - 1][steps - 1] += steps == most ? all / most : all % most == steps;
-      }
-    }
-  }
+  const int tile = static_cast<int>(threadIdx.x);
+  const int all = tile < tiles ? work[tile].steps() : 0;
 #pragma unroll
   for (int most = 1; most <= kStepCounts; ++most) {
 #pragma unroll
     for (int steps = 1; steps <= most; ++steps) {
-      const int sum = __reduce_add_sync(~0u, mine[most - 1][steps - 1]);
+      const int sum = __reduce_add_sync(~0u, steps == most ? all / most : all % most == steps);
       if (threadIdx.x % 32 == 0) atomicAdd(&items[most - 1][steps - 1], sum);
     }
   }
@@ -259,7 +256,7 @@ __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const Til
 // falling count; ties by index, so that it is deterministic.
 __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedule& round,
                                                const TileWork* work, int first_tile, int tiles) {
-  alignas(16) __shared__ int scratch[2][kWarps];
+  __shared__ Scratch<int> scratch[2];
   if (threadIdx.x == 0) {
     round.first_tile = first_tile;
     round.tiles = tiles;
@@ -269,31 +266,30 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedu
     return;
   }
   const int most = choose_steps(chunk, work, tiles);
+  const int i = static_cast<int>(threadIdx.x);  // tile of the round
   int items = 0;
   int turn = 0;
   const auto append = [&](int steps, bool anew) {
-    for (int first = 0; first < tiles; first += kThreads, turn ^= 1) {
-      const int i = first + static_cast<int>(threadIdx.x);
-      const bool takes = i < tiles && work[i].anew == anew;
-      const int all = takes ? work[i].steps() : 0;
-      const int whole = all / most;
-      const bool has_rest = steps < most && all % most == steps;
-      const int mine = steps == most ? whole : has_rest;
-      int total;
-      const int at = items + exclusive_sum(mine, scratch[turn], total);
-      for (int k = 0; k < mine; ++k) {
-        round.items[at + k] = {first_tile + i, (has_rest ? whole : k) * most, steps,
-                               work[i].halves[0], work[i].halves[1]};
-      }
-      items += total;
+    const bool takes = i < tiles && work[i].anew == anew;
+    const int all = takes ? work[i].steps() : 0;
+    const int whole = all / most;
+    const bool has_rest = steps < most && all % most == steps;
+    const int mine = steps == most ? whole : has_rest;
+    int total;
+    const int at = items + exclusive_sum(mine, scratch[turn], total);
+    for (int k = 0; k < mine; ++k) {
+      round.items[at + k] = {first_tile + i, (has_rest ? whole : k) * most, steps,
+                             work[i].halves[0], work[i].halves[1]};
     }
+    items += total;
+    turn ^= 1;
   };
   for (int steps = most; chunk.half_places && steps > 0; --steps) append(steps, true);
   if (threadIdx.x == 0) round.anew = items;
   for (int steps = most; steps > 0; --steps) append(steps, false);
   if (threadIdx.x == 0) round.item_count = items;
 
-  for (int i = threadIdx.x; i < tiles; i += kThreads) {
+  if (i < tiles) {
     const int count = work[i].count;
     int rank = 0;
 #pragma unroll 8
@@ -309,58 +305,47 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedu
 // has its share of as few rounds as may do. That is never more rounds than if each took only the
 // tiles that find room with all neurons in use.
 __device__ __forceinline__ void write_rounds(const ForwardChunk& chunk, const TileWork* work) {
-  alignas(16) __shared__ int scratch[2][kWarps];
-  int mine = 0;
-  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) mine += work[tile].columns();
+  __shared__ Scratch<int> scratch[2];
+  const int thread = static_cast<int>(threadIdx.x);
   int all;
-  exclusive_sum(mine, scratch[1], all);
+  exclusive_sum(thread < chunk.tiles ? work[thread].columns() : 0, scratch[1], all);
   const int share = ceil_div(all, max(1, ceil_div(all, chunk.room)));
 
   int next = 0;  // tile
   for (int i = 0; i < chunk.rounds; ++i) {
-    const int first = next;
-    int taken = 0;  // columns
-    int fitting = next < chunk.tiles ? kThreads : 0;
-    while (fitting == kThreads) {
-      const int tile = next + static_cast<int>(threadIdx.x);
-      const int own = tile < chunk.tiles ? work[tile].columns() : 0;
-      int total;
-      const int column = taken + exclusive_sum(own, scratch[0], total);
-      const bool fits = tile < chunk.tiles && column <= share && column + own <= chunk.room;
-      if (fits) {
-        const HalfColumns(&halves)[2] = work[tile].halves;
-        const int second = column + (halves[0].end - halves[1].first) * kUnionStep;
-        chunk.halves[2 * tile] = {column, halves[0].first, halves[0].end};
-        chunk.halves[2 * tile + 1] = {second, halves[1].first, halves[1].end};
-      }
-      exclusive_sum<int>(fits, scratch[1], fitting);
-      taken += total;
-      next += fitting;
+    const int tile = next + thread;
+    const int own = tile < chunk.tiles ? work[tile].columns() : 0;
+    int total, taken;
+    const int column = exclusive_sum(own, scratch[0], total);
+    const bool fits = tile < chunk.tiles && column <= share && column + own <= chunk.room;
+    if (fits) {
+      const HalfColumns(&halves)[2] = work[tile].halves;
+      const int second = column + (halves[0].end - halves[1].first) * kUnionStep;
+      chunk.halves[2 * tile] = {column, halves[0].first, halves[0].end};
+      chunk.halves[2 * tile + 1] = {second, halves[1].first, halves[1].end};
     }
-    write_schedule(chunk, chunk.schedule_of(i), work + first, first, next - first);
+    exclusive_sum<int>(fits, scratch[1], taken);
+    write_schedule(chunk, chunk.schedule_of(i), work + next, next, taken);
+    next += taken;
   }
 }
 
 // One tile after the other, from where the chunk before ended, so that it is deterministic.
 __device__ __forceinline__ void write_places(const ForwardChunk& chunk, const TileWork* work) {
-  alignas(16) __shared__ int scratch[2][kWarps];
+  __shared__ Scratch<int> scratch;
   const SavedColumns& saved = chunk.saved;
-  int taken = saved.first ? 0 : *saved.taken;
-  int turn = 0;
-  for (int first = 0; first < chunk.tiles; first += kThreads, turn ^= 1) {
-    const int tile = first + static_cast<int>(threadIdx.x);
-    const int own = tile < chunk.tiles ? work[tile].columns() : 0;
-    int total;
-    const int before = taken + exclusive_sum(own, scratch[turn], total);
-    const int place = min(before, saved.room);
-    if (tile < chunk.tiles) saved.places[tile] = place + own <= saved.room ? place : -1;
-    taken = min(taken + total, saved.room);
-  }
+  const int tile = static_cast<int>(threadIdx.x);
+  const int taken = saved.first ? 0 : *saved.taken;
+  const int own = tile < chunk.tiles ? work[tile].columns() : 0;
+  int total;
+  const int place = min(taken + exclusive_sum(own, scratch, total), saved.room);
+  if (tile < chunk.tiles) saved.places[tile] = place + own <= saved.room ? place : -1;
   if (threadIdx.x != 0) return;
-  *saved.taken = taken;
+  *saved.taken = min(taken + total, saved.room);
   if (saved.active && saved.first) *saved.active = 0;
 }
 
+// Two on a multiprocessor, so that all tiles of a chunk are worked on at once.
 __global__ void __launch_bounds__(kThreads, 2) unions_kernel(const ForwardChunk chunk) {
   __shared__ bool last;
   __shared__ TileWork work[kMaxChunkTiles];
@@ -373,9 +358,7 @@ __global__ void __launch_bounds__(kThreads, 2) unions_kernel(const ForwardChunk 
   }
   __syncthreads();
   if (!last) return;
-  for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
-    work[tile] = work_of(chunk, tile);
-  }
+  if (const int tile = threadIdx.x; tile < chunk.tiles) work[tile] = work_of(chunk, tile);
   __syncthreads();
   write_rounds(chunk, work);
   if (chunk.saved.places) write_places(chunk, work);

@@ -11,11 +11,8 @@
 namespace twell::plan {
 namespace {
 
-// Tokens whose intermediates are alive at once: enough that the last wave of each kernel costs
-// little, small enough that the address space stays bounded.
-constexpr std::int64_t kMaxChunkTiles = 272;
-
-// The same when training, where memory counts: at most that, and no more memory than the backward.
+// Tiles of a training forward's chunk, where memory counts: at most these, and no more memory than
+// the backward.
 constexpr std::int64_t kMaxTrainingTiles = 128;
 
 // Shares assumed without an estimate, those of layer 5 of the traces: of the neurons in a tile's
@@ -232,7 +229,7 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
     return plan;
   }
   const std::int64_t most =
-      options.training ? most_training_tiles(problem, device) : kMaxChunkTiles;
+      options.training ? most_training_tiles(problem, device) : cuda::kMaxForwardTiles;
   plan.tile_tokens = cuda::kTileTokens;
   plan.chunk_tokens = chunk_tiles(problem, device, most) * cuda::kTileTokens;
   plan.block_neurons = cuda::kBlockNeurons;

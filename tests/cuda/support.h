@@ -20,6 +20,8 @@ inline void require_cuda(cudaError_t error) {
 // Skips, with the reason, where there is no GPU that the kernels run on.
 class GpuTest : public ::testing::Test {
  protected:
+  static constexpr int kEnoughForOneTurn = 16;  // multiprocessors, for the work of a small test
+
   void SetUp() override {
     Result<Device> found = cuda_device(0);
     if (!found.ok()) GTEST_SKIP() << found.status().message();
@@ -27,11 +29,16 @@ class GpuTest : public ::testing::Test {
     if (found.value().compute_capability / 10 == 9) {
       devices.push_back(found.value());
       devices.back().compute_capability = 80;
+      if (found.value().multiprocessors > kEnoughForOneTurn) {
+        devices.push_back(found.value());
+        devices.back().multiprocessors = 2;
+      }
     }
     require_cuda(cudaSetDevice(0));
   }
 
-  // The GPU; a Hopper GPU also as one of sm_80, whose kernels it runs too, from their PTX.
+  // The GPU; a Hopper GPU also as one of sm_80, whose kernels it runs too, from their PTX, and as a
+  // pair of multiprocessors, whose CTAs have many pieces of work each.
   std::vector<Device> devices;
 };
 

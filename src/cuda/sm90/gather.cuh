@@ -227,9 +227,9 @@ __device__ __forceinline__ void multiply_part(typename Epilogue::Stages& shared,
     multiply<kN, ptx::Major::kInner, ptx::Major::kInner, Filler::kTmaAndThreads>(
         sums, ring, steps, shared.full, [&](int stage) { return shared.tokens[stage] + tokens; },
         [&](int stage) { return shared.weights[stage] + weights; }, release);
-    if (Epilogue::kFills) skip(ring, part.skipped(), shared.full, release);
+    if constexpr (Epilogue::kFills) skip(ring, part.skipped(), shared.full, release);
     consumer.template after<kN>(sums, held, ring, part);
-    if (Epilogue::kFills) skip(ring, part.left(), shared.full, release);
+    if constexpr (Epilogue::kFills) skip(ring, part.left(), shared.full, release);
   }
 }
 

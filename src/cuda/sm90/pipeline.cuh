@@ -75,6 +75,7 @@ __device__ __forceinline__ void skip(Ring<kStages>& ring, int steps, std::uint64
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, ring.advance()) {
     ptx::mbarrier_wait(&full[ring.stage], ring.parity);
+    __syncwarp();  // no lane may find the barrier two phases on
     release(ring.stage);
   }
 }
