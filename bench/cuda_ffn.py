@@ -36,8 +36,13 @@ KERNEL = re.compile(r"twell::cuda::.*?(\w+)_kernel")
 LARGE = (131072, 16384)
 PREFILL = (*LARGE, 4096, 1024, 512, 128)
 DECODE = (1, 4, 16, 32, 64)
-# Hidden, neurons: tokens decoded.
-OTHER_SIZES = {(1024, 4096): (), (3072, 8192): (), (4096, 14336): (1, 16), (8192, 22016): ()}
+OTHER_SIZES = {  # hidden, neurons: the tokens of each kind of row
+    (1024, 4096): {"prefill": LARGE[1:]},
+    (3072, 8192): {"prefill": LARGE[1:]},
+    (4096, 14336): {"prefill": LARGE[1:], "decode": (1, 16)},
+    (8192, 22016): {"prefill": LARGE[1:]},
+    (2048, 5640): {"gate": LARGE},  # the last tile of 64 neurons is not full
+}
 DECODE_LAYERS = 8  # weights in rotation, so that they come from memory
 
 
@@ -444,12 +449,8 @@ def cases(traces):
     found["layer 5"] = dataclasses.replace(found["layer 5"], **every)
     found["29 uniform"] = uniform_case(HIDDEN, NEURONS, prefill=LARGE, gate=LARGE)
     found["50% active"] = Case(half_active, **every)
-    for (hidden, neurons), decoded in OTHER_SIZES.items():
-        found[f"29 uniform, {hidden}x{neurons}"] = uniform_case(
-            hidden, neurons, prefill=LARGE[1:], decode=decoded
-        )
-    # The last tile of 64 neurons is not full.
-    found["29 uniform, 2048x5640"] = uniform_case(2048, 5640, gate=LARGE)
+    for (hidden, neurons), tokens in OTHER_SIZES.items():
+        found[f"29 uniform, {hidden}x{neurons}"] = uniform_case(hidden, neurons, **tokens)
     return found
 
 
