@@ -230,6 +230,11 @@ def gpu_training_line(report: dict) -> str:
 JOBS = {"forward": "forward", "eval": "forward and loss", "train": "training step"}
 
 
+def model_job(row: dict) -> str:
+    again = ", checkpointing" if row["checkpoint_activations"] else ""
+    return f"{JOBS[row['mode']]}, {row['batch']}×{row['tokens']}{again}"
+
+
 def model_table(rows: list[dict]) -> str:
     def per_token(row, form):
         energy = row["energy_mj_per_token"][form]
@@ -240,13 +245,10 @@ def model_table(rows: list[dict]) -> str:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        job = JOBS[row["mode"]]
-        job += f", {row['batch']}×{row['tokens']}"
-        job += ", checkpointing" if row["checkpoint_activations"] else ""
         active = sum(row["active_per_layer"]) / len(row["active_per_layer"])
         peak = [row["peak_bytes"][form] / 1e9 for form in ("dense", "twell")]
         lines.append(
-            f"| {row['layers']} | {job} | {row['source']}, {active:.0f} active |"
+            f"| {row['layers']} | {model_job(row)} | {row['source']}, {active:.0f} active |"
             f" {row['dense_ms']:.1f} ms | {row['twell_ms']:.1f} ms | **{row['ratio']:.2f}×** |"
             f" {peak[0]:.1f} → {peak[1]:.1f} GB |"
             f" {per_token(row, 'dense')} → {per_token(row, 'twell')} |"
@@ -261,27 +263,34 @@ def is_headline(row: dict) -> bool:
 KERNELS = {  # the first that a kernel's name matches
     "feed-forward, twell": "twell::",
     "attention": "cudnn|flash|fmha",
-    "rotary embedding": "64x32_64x16",
+    "rotary embedding": "64x32_64x16|64x64_64x13",
     "other products": "nvjet|gemm",
-    "optimizer": "multi_tensor_apply",
+    "optimizer": "FusedOptimizer|LpNorm|lpnorm",
     "norms": "layer_norm|GammaBeta",
     "softmax and its gradient": "SoftMax|exp_kernel",
     "sums, conversions, elementwise": "",
 }
 
 
-def kernels_table(rows: list[dict]) -> str:
+def kernel_sums(row: dict, form: str) -> dict[str, float]:
     """Milliseconds of a step by kind of kernel."""
+    sums = dict.fromkeys(KERNELS, 0.0)
+    for kernel in row["kernels"][form]:
+        kind = next(kind for kind, name in KERNELS.items() if re.search(name, kernel["name"]))
+        sums[kind] += kernel["ms"]
+    return sums
+
+
+def is_trained(row: dict) -> bool:
+    return row["source"].startswith("checkpoint")
+
+
+def kernels_table(rows: list[dict]) -> str:
     columns = []
     for row in rows:
+        title = model_job(row) + (", trained model" if is_trained(row) else "")
         for form in ("dense", "twell"):
-            sums = dict.fromkeys(KERNELS, 0.0)
-            for kernel in row["kernels"][form]:
-                kind = next(
-                    kind for kind, name in KERNELS.items() if re.search(name, kernel["name"])
-                )
-                sums[kind] += kernel["ms"]
-            columns.append((f"{JOBS[row['mode']]}, {row['batch']}×{row['tokens']}, {form}", sums))
+            columns.append((f"{title}, {form}", kernel_sums(row, form)))
     lines = [
         "| ms | " + " | ".join(title for title, _ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -289,6 +298,35 @@ def kernels_table(rows: list[dict]) -> str:
     for kind in KERNELS:
         lines.append(f"| {kind} | " + " | ".join(f"{sums[kind]:.1f}" for _, sums in columns) + " |")
     return "\n".join(lines)
+
+
+def beyond_the_blocks(row: dict) -> str:
+    """What bounds the speed-up of a training step: all that is not feed-forward."""
+    sums = kernel_sums(row, "twell")
+    total, dense = sum(sums.values()), sum(kernel_sums(row, "dense").values())
+    rest = total - sums["feed-forward, twell"]
+    # Multiply-adds of a token outside the blocks: queries and outputs, keys and values, logits.
+    groups = row["kv_heads"] / row["heads"]
+    projections = row["layers"] * 2 * (1 + groups) * row["hidden"] ** 2
+    products = projections + row["vocabulary"] * row["hidden"]
+    flops = 6 * products * row["batch"] * row["tokens"]  # forward and twice as many back
+    adamw = sum(
+        kernel["ms"] for kernel in row["kernels"]["twell"] if "FusedOptimizer" in kernel["name"]
+    )
+    # A weight, its gradient and two moments are read, three of them are written, all float32.
+    bandwidth = 28 * row["parameters"] / adamw
+    passes = rest - sums["other products"] - sums["attention"]
+    return (
+        f"Why a training step gains {row['ratio']:.2f}× and not 1.5×: all but the blocks takes"
+        f" {rest:.0f} of the {total:.0f} ms, so that even blocks that cost nothing would give"
+        f" {dense / rest:.2f}×. Of the {rest:.0f} ms, the other products take"
+        f" {sums['other products']:.0f}, at {flops / sums['other products'] / 1e9:.0f} TFLOP/s, and"
+        f" attention {sums['attention']:.0f}, in cuDNN's flash kernels. The last {passes:.0f} are"
+        f" bound by memory, among them {adamw:.0f} of AdamW (28 bytes per parameter, at"
+        f" {bandwidth / 1e9:.1f} TB/s) and {sums['softmax and its gradient']:.0f} of the softmax"
+        f" over {row['vocabulary']:,} words and its gradient. The dense step has them too: if they"
+        f" all took no time, the gain would be {(dense - passes) / (total - passes):.2f}×."
+    )
 
 
 def model_line(report: dict) -> str:
@@ -410,6 +448,9 @@ def benchmarks_page(all_reports: list[dict]) -> str:
             f" --kernels`. A dense block's kernels are among the other products and the elementwise"
             f" ones. Data: [{file}](../{file}).\n\n{kernels_table(report['results'])}\n"
         )
+        for row in report["results"]:
+            if row["mode"] == "train" and not row["checkpoint_activations"] and not is_trained(row):
+                parts.append(f"\n{beyond_the_blocks(row)}\n")
     return "".join(parts)
 
 

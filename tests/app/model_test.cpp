@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "app/error.h"
 #include "app/model/decoder.h"
@@ -61,6 +63,37 @@ TEST(Llama, ShapesAndCounts) {
     ASSERT_EQ(ffns.size(), 2u);
     EXPECT_EQ(ffns[0].l0.item<int64_t>(), ffns[0].activity.sum().item<int64_t>());
     EXPECT_FALSE(ffns[0].y.defined());
+  }
+}
+
+// Without gradients the hidden state is updated where it lies: what goes in and what an observer
+// holds must not change, and the values must be those of the pass that keeps a graph.
+TEST(Llama, WithoutGradientsIsTheSameAndHarmsNothing) {
+  for (const bool relu : {true, false}) {
+    ModelConfig config = small_config();
+    config.attention_bias = true;
+    if (!relu) config.hidden_act = "silu";
+    Llama model = small_model(config);
+    for (auto& [name, value] : model.parameters()) value.requires_grad_(true);
+    const Tensor tokens = some_tokens(3, 20);
+    const auto observe = [&](std::vector<Tensor>& held) {
+      ForwardOptions options;
+      options.on_ffn = [&](int, const Tensor& x, const FfnWeights&) { held.push_back(x); };
+      return model.forward(tokens, options).detach();
+    };
+    std::vector<Tensor> with_graph, without;
+    const Tensor want = observe(with_graph);
+    std::map<std::string, Tensor> before;
+    for (const auto& [name, value] : model.parameters()) before[name] = value.detach().clone();
+    const torch::NoGradGuard no_grad;
+    EXPECT_TRUE(observe(without).equal(want));
+    EXPECT_TRUE(observe(without).equal(want));
+    ASSERT_EQ(without.size(), 4u);
+    for (size_t i = 0; i < 4; ++i) EXPECT_TRUE(without[i].equal(with_graph[i % 2])) << i;
+    for (const auto& [name, value] : model.parameters()) {
+      EXPECT_TRUE(value.equal(before.at(name))) << name;
+    }
+    EXPECT_TRUE(tokens.equal(some_tokens(3, 20)));
   }
 }
 

@@ -112,11 +112,15 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
     command += ["--save-trace", traces, "--threads", "1"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     script = (ROOT / "bench/run_model.py").read_text()
-    assert len(run_model.CASES) == 6 and run_model.SIZES["hidden"] == 2048
+    assert len(run_model.CASES) == 12 and run_model.SIZES["hidden"] == 2048
+    # All of it on an H200, with a trained model of 8 layers.
+    jobs = [*run_model.CASES, *(case for case in run_model.CASES if case["layers"] == 8)]
+    assert sum(map(run_model.expected_seconds, jobs)) <= 330
     small = (
         script.replace("2048", "16").replace("49152", "512").replace('"batch": 64', '"batch": 2')
     )
-    small = small.replace('"layers": 8', '"layers": 2').replace('"layers": 38', '"layers": 3')
+    small = small.replace('"layers": 8', '"layers": 2')
+    small = re.sub('"layers": [123]8', '"layers": 3', small)
     small = small.replace('"hidden": 16', '"hidden": 64').replace("32", "2")
     (tmp_path / "bench").mkdir()
     for name in ("gpu_machine.py", "run_ffn.py"):
@@ -129,6 +133,7 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
         *("--checkpoint", model, "--data", ROOT / "scripts"),
     )
     assert answer.returncode == 0, answer.stderr
+    assert "16 cases, about " in answer.stdout and answer.stdout.count(" expected\n") == 16
     report = json.loads(out.read_text())
     assert report["machine"]["commit"] == "abc1234"
     rows = [
@@ -138,11 +143,32 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
     cases = [("forward", False), ("eval", False), ("train", False), ("train", True)]
     assert rows == [
         *(("traces", 2, *case) for case in cases),
+        *2 * [("traces", 3, *case) for case in cases if case[0] != "eval"],
         ("traces", 3, "forward", False),
-        ("traces", 3, "eval", False),
+        ("traces", 3, "train", True),
         *(("checkpoint", 2, *case) for case in cases),
     ]
     assert str(traces) not in out.read_text() and str(model) not in out.read_text()
+
+
+def test_kernels_are_listed_of_some_cases():
+    sys.path.insert(0, str(ROOT / "bench"))
+    import run_model
+
+    def profiled(**subject):
+        cases = [case for case in run_model.CASES if run_model.profiled(subject, case)]
+        return [
+            (case["layers"], case["mode"], "checkpoint-activations" in case)
+            for case in cases
+            if case["layers"] == 8 or "trace" in subject
+        ]
+
+    assert profiled(trace="traces") == [
+        (8, "forward", False),
+        (8, "train", False),
+        (8, "train", True),
+    ]
+    assert profiled(checkpoint="model") == [(8, "train", False)]
 
 
 @needs_program
@@ -391,17 +417,52 @@ def test_the_docs_show_what_was_stored(project, finished):
     (results / "model.json").write_text(
         json.dumps({"machine": report["machine"], "results": [row]})
     )
+    # A step whose blocks take 4 of 20 ms, and AdamW 5, at 1 TB/s.
+    kernels = {
+        "dense": [{"name": "nvjet", "calls": 1, "ms": 30.0}],
+        "twell": [
+            {"name": "twell::gate", "calls": 1, "ms": 4.0},
+            {"name": "nvjet", "calls": 1, "ms": 8.0},
+            {"name": "cudnn_flash", "calls": 1, "ms": 2.0},
+            {"name": "FusedOptimizer", "calls": 1, "ms": 5.0},
+            {"name": "SoftMax", "calls": 1, "ms": 1.0},
+        ],
+    }
+    profile = row | {
+        "mode": "train", "ratio": 1.47, "hidden": 4096, "heads": 4, "kv_heads": 2,
+        "vocabulary": 100_000, "parameters": 5e9 / 28, "kernels": kernels,
+    }  # fmt: skip
+    # 6 FLOP for each of 64 · 32 tokens and each weight of attention and of the logits, in 8 ms.
+    rate = 6 * 64 * 32 * (8 * 3 * 4096**2 + 4096 * 100_000) / 8e-3 / 1e12
+    profiles = [
+        profile,
+        profile | {"checkpoint_activations": True},
+        profile | {"source": "checkpoint"},
+    ]
+    (results / "model_kernels.json").write_text(
+        json.dumps({"machine": report["machine"], "results": profiles})
+    )
     draw_figures(project)
     text = training.read_text()
     assert text.startswith("a\n") and text.endswith("\nz\n") and "## A real run" in text
     loss = report["sparse"]["summary"]["heldout_loss"]
     assert f"{loss:.4f}" in text and "Some GPU" in text and "abc1234" in text
-    for name in ("run-loss", "run-active", "run-speed"):
+    for name in ("run-loss", "run-active", "run-silent", "run-speed"):
         assert f"pictures/{name}.svg" in text
         assert "<svg" in (project / f"docs/pictures/{name}.svg").read_text()
     table = (project / "docs/benchmarks.md").read_text()
     assert "| 8 | forward, 64×32 | traces, 30 active | 200.0 ms | 100.0 ms | **2.00×** |" in table
     assert "2.0 → 1.0 GB | 0.500 → – |" in table
+    step = "training step, 64×32"
+    titles = [step, f"{step}, checkpointing", f"{step}, trained model"]
+    columns = [f"{title}, {form}" for title in titles for form in ("dense", "twell")]
+    assert "| ms | " + " | ".join(columns) + " |" in table
+    assert "| other products |" + 3 * " 30.0 | 8.0 |" in table
+    assert table.count("Why a training step gains 1.47×") == 1
+    assert "takes 16 of the 20 ms" in table and "would give 1.88×" in table
+    assert f"take 8, at {rate:.0f} TFLOP/s, and attention 2," in table
+    # Without the 6 ms of both: 24 to 14.
+    assert "The last 6 are" in table and "at 1.0 TB/s" in table and "would be 1.71×" in table
 
 
 def forward_report():
