@@ -28,7 +28,7 @@ constexpr double kLearningRate = 1e-6;
 constexpr double kLambda = 1e-4;  // of the L1 term, as `twell train` starts with
 constexpr double kLossTolerance = 2e-3;
 constexpr double kNormTolerance = 0.05;
-constexpr double kEnergySeconds = 2;
+constexpr double kEnergySeconds = 5;  // the counter moves about ten times per second
 constexpr std::int64_t kWarmUp = 2;
 constexpr std::int64_t kMinRounds = 3;
 
@@ -148,21 +148,12 @@ double check_alike(const std::vector<Form>& forms, bool training) {
   return most;
 }
 
-// The counter moves about ten times per second: its value at its next move.
-double joules_at_move(const EnergyMeter& meter) {
-  const double before = meter.joules();
-  const auto start = Clock::now();
-  double now = before;
-  while (now == before && seconds_since(start) < 1) now = meter.joules();
-  return now;
-}
-
 double joules_per_step(const EnergyMeter& meter, const std::function<void()>& step) {
-  const double before = joules_at_move(meter);
+  const double before = meter.joules();
   const auto start = Clock::now();
   std::int64_t steps = 0;
   for (; seconds_since(start) < kEnergySeconds; ++steps) step();
-  return (joules_at_move(meter) - before) / static_cast<double>(steps);
+  return (meter.joules() - before) / static_cast<double>(steps);
 }
 
 // Mean active neurons per token of each layer.

@@ -40,7 +40,7 @@ struct ModelBenchOptions {
 // after the time is taken.
 //
 // Memory is the peak of one step in each form (app/bench/peak_memory.h), energy that of steps for
-// at least 2 s (app/bench/energy.h); null where unknown, for energy with the reason. With
+// at least 5 s (app/bench/energy.h); null where unknown, for energy with the reason. With
 // `kernels`, the GPU's kernels in one step of each form, most time first
 // (app/bench/kernel_times.h). Fields: mode, checkpoint_activations, batch, tokens (of a window),
 // parameters, layers, hidden, neurons, heads, kv_heads, vocabulary; for each form FORM_ms; ratio,
