@@ -191,6 +191,25 @@ TEST(PlanCuda, RefusesByName) {
             std::string::npos);
 }
 
+// PyTorch's products run where twell's kernels do not.
+TEST(PlanCuda, LeavesToDenseWhatItDoesNotOffer) {
+  FfnProblem wide = problem(4096);
+  wide.dtype = DType::kFloat32;
+  PlanOptions options;
+  options.expected_active = 0;
+  for (const bool training : {false, true}) {
+    options.training = training;
+    EXPECT_EQ(plan_ffn(wide, hopper(), options)->path, FfnPath::kDense);
+    for (const int capability : {61, 70, 75}) {
+      for (const std::int64_t tokens : {1, 64, 4096}) {
+        EXPECT_EQ(plan_ffn(problem(tokens), with_capability(capability), options)->path,
+                  FfnPath::kDense)
+            << capability << ", " << tokens << " tokens";
+      }
+    }
+  }
+}
+
 TEST(PlanCuda, OffersEveryGpuSinceAmpere) {
   PlanOptions options;
   options.path = FfnPath::kSparse;
