@@ -126,7 +126,6 @@ TEST(PlanFigures, OfAnH200) {
   for (const bool training : {false, true}) {
     const auto report = figures(training ? "h200/ffn_backward.json" : "h200/ffn_forward.json");
     for (const auto& r : report.at("results")) {
-      if (!r.contains("twell_ms")) continue;  // of the gate alone
       expect_predicted(
           device, {kRatioFactor, kWorstChoice, kWorstSparse},
           {std::string(r.at("case")) + (training ? ", training" : ""),
