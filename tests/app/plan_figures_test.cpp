@@ -138,5 +138,15 @@ TEST(PlanFigures, OfAnH200) {
   }
 }
 
+// Whole models with --ffn auto (bench/run_model.py), measured, whatever the planner says today.
+TEST(PlanFigures, OfWholeModelsOnAnH200) {
+  const auto report = figures("h200/model.json");
+  for (const auto& r : report.at("results")) {
+    if (!r.contains("auto_ms")) continue;
+    EXPECT_LE(double{r.at("auto_ms")} / double{r.at("dense_ms")}, kWorstSparse)
+        << r.at("source") << ", " << r.at("mode") << ", " << r.at("layers") << " layers";
+  }
+}
+
 }  // namespace
 }  // namespace twell
