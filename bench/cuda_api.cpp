@@ -54,14 +54,15 @@ std::int64_t twell_bench_backward_workspace_bytes(const FfnPlan* plan) {
   return static_cast<std::int64_t>(plan->backward_workspace_bytes);
 }
 
-// What the planner chooses by itself for a forward of so many mean active neurons per token and per
-// tile: whether the dense path, and the times it predicts.
-int twell_bench_choice(std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
+// What the planner chooses by itself for a forward, or for forward and backward, of so many mean
+// active neurons per token and per tile: whether the dense path, and the times it predicts.
+int twell_bench_choice(int training, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
                        double expected_active, double expected_union, int* dense, double* dense_ms,
                        double* sparse_ms, char* message, int size) {
-  const twell::Result<FfnPlan> made =
-      plan(tokens, hidden, neurons,
-           {.expected_active = expected_active, .expected_union = expected_union});
+  const twell::Result<FfnPlan> made = plan(tokens, hidden, neurons,
+                                           {.training = training != 0,
+                                            .expected_active = expected_active,
+                                            .expected_union = expected_union});
   if (!made.ok()) return fail(made.status(), message, size);
   *dense = made->path == FfnPath::kDense;
   *dense_ms = made->predicted_dense_ms;

@@ -101,13 +101,14 @@ class GatePack:
         self.call(self.library.twell_bench_gate_pack, *pointers, current_stream())
 
 
-def choice(library, tokens, gate, means):
+def choice(library, tokens, gate, means, training=False):
     """The path that the planner chooses for `means` (see sparsity), and the times it predicts."""
     message = ctypes.create_string_buffer(1000)
     known = [ctypes.c_double(means[name]) for name in ("active_mean", "union_mean")]
     is_dense, dense_ms, sparse_ms = ctypes.c_int(), ctypes.c_double(), ctypes.c_double()
     answers = [ctypes.byref(value) for value in (is_dense, dense_ms, sparse_ms)]
-    if library.twell_bench_choice(*sizes_of(tokens, gate), *known, *answers, message, 1000):
+    sizes = sizes_of(tokens, gate)
+    if library.twell_bench_choice(int(training), *sizes, *known, *answers, message, 1000):
         raise RuntimeError(message.value.decode())
     return "dense" if is_dense.value else "sparse", dense_ms.value, sparse_ms.value
 
@@ -145,9 +146,12 @@ def trace_pattern(folder, layer):
     return pattern.cuda()
 
 
-def half_active():
-    """x and gate with half of the values positive."""
-    return torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(), random_weights()[0]
+def independent(share):
+    """x and gate with each value positive by chance, so many of them."""
+    x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda"), random_weights()[0]
+    x[:, 0] = 8  # the others' part in a value is of standard deviation 1
+    gate[:, 0] = statistics.NormalDist().inv_cdf(share) / 8
+    return x.bfloat16(), gate
 
 
 def uniform_pattern(active, neurons=NEURONS):
@@ -448,7 +452,7 @@ def cases(traces):
     every = {"prefill": PREFILL, "decode": DECODE, "gate": LARGE}
     found["layer 5"] = dataclasses.replace(found["layer 5"], **every)
     found["29 uniform"] = uniform_case(HIDDEN, NEURONS, prefill=LARGE, gate=LARGE)
-    found["50% active"] = Case(half_active, **every)
+    found["50% active"] = Case(lambda: independent(0.5), **every)
     for (hidden, neurons), tokens in OTHER_SIZES.items():
         found[f"29 uniform, {hidden}x{neurons}"] = uniform_case(hidden, neurons, **tokens)
     return found

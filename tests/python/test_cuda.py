@@ -95,3 +95,40 @@ def test_devices_may_not_mix():
     block = make_block(4, 64, 136)
     with pytest.raises(RuntimeError, match="up is on cpu; it must be on the device of x, cuda:0"):
         torch.ops.twell.ffn_forward(block.x.cuda(), *block.operands[1:], False)
+
+
+@pytest.fixture
+def auto_block():
+    torch.manual_seed(0)
+    return twell.GatedFFN(256, 1024, dtype=torch.bfloat16, device="cuda")
+
+
+def test_auto_follows_the_density_without_waiting(auto_block):
+    x = torch.randn(700, 256, device="cuda").bfloat16()
+    with torch.no_grad():
+        auto_block(x)  # before anything is measured
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(40):
+                auto_block(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    active, union = auto_block._expected
+    assert 450 < auto_block.mean_active.item() <= active <= 1024
+    assert 1000 < auto_block.mean_union.item() <= union <= 1024
+
+
+def test_a_captured_block_measures_in_every_replay(auto_block):
+    x = torch.randn(700, 256, device="cuda").bfloat16()
+    with torch.no_grad():
+        for _ in range(3):
+            auto_block(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            auto_block(x)
+        auto_block.gate.zero_()
+        for _ in range(20):
+            graph.replay()
+    auto_block.replan()
+    assert auto_block.mean_active.item() < 1 and auto_block._expected[0] <= 1
+    assert auto_block._calls == 3
