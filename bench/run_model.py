@@ -7,7 +7,8 @@ Runs `twell bench model` once per case and writes bench/results/h200/model.json 
     {"machine": {…}, "results": [{"source", "mode", "layers", "batch", "dense_ms", "twell_ms", …}]}
 
 The layers of a random model follow the traces in turn. With --checkpoint, a model that `twell
-train` wrote, the cases of its number of layers run on it as well, on text from PATH. With --kernels
+train` wrote, the cases of its number of layers run on it as well, on text from PATH. Some cases time
+--ffn auto too, and two only that, on a random model with half of its neurons active. With --kernels
 it lists the kernels of some cases instead, in model_kernels.json. With two devices, two cases run
 at once, each on its own. Needs nothing but Python's standard library; how long it should take and
 took is printed.
@@ -31,10 +32,11 @@ TRAIN = {"mode": "train", "batch": 8, "tokens": 2048}
 CHECKPOINTING = {**TRAIN, "checkpoint-activations": True}
 # Seconds of timing give about nine rounds, of large training steps five. Without checkpointing 38
 # layers take 80 GB, more than an H100 has.
+WITH_AUTO = {"ffn": "dense,auto,twell"}
 CASES = (
-    {"layers": 8, **FORWARD, "seconds": 4},
+    {"layers": 8, **FORWARD, "seconds": 5, **WITH_AUTO},
     {"layers": 8, **EVAL, "seconds": 4},
-    {"layers": 8, **TRAIN, "seconds": 2},
+    {"layers": 8, **TRAIN, "seconds": 3, **WITH_AUTO},
     {"layers": 8, **CHECKPOINTING, "seconds": 2.5},
     {"layers": 18, **FORWARD, "seconds": 7},
     {"layers": 18, **TRAIN, "seconds": 3},
@@ -45,15 +47,25 @@ CASES = (
     {"layers": 38, **FORWARD, "seconds": 16},
     {"layers": 38, **CHECKPOINTING, "seconds": 4.5},
 )
+# Of a random model as it begins, with half of its neurons active: what auto costs where dense is
+# faster.
+DENSE_CASES = (
+    {"layers": 8, **FORWARD, "seconds": 3, "ffn": "dense,auto"},
+    {"layers": 8, **TRAIN, "seconds": 2, "ffn": "dense,auto"},
+)
 
 
 def expected_seconds(case: dict) -> float:
     """Of a whole case on an H200: making the model, two rounds that warm up, timing, energy."""
-    return 9 + 0.4 * case["layers"] + case["seconds"]
+    return (
+        9 + 0.4 * case["layers"] + case["seconds"] + (3 if WITH_AUTO.items() <= case.items() else 0)
+    )
 
 
 def profiled(subject: dict, case: dict) -> bool:
     """Whether --kernels takes the case: a random model's, and a trained one's training step."""
+    if "density" in subject:
+        return False
     if "checkpoint" in subject:
         return case["mode"] == "train" and "checkpoint-activations" not in case
     return case["layers"] == 8 and case["mode"] != "eval"
@@ -76,6 +88,7 @@ def main():
     out = arguments.out or ROOT / "bench/results/h200" / name
 
     jobs = [({**SIZES, "trace": traces_folder(arguments.traces)}, case) for case in CASES]
+    jobs += [({**SIZES, "density": 0.5}, case) for case in DENSE_CASES]
     if arguments.checkpoint:
         layers = json.loads((arguments.checkpoint / "config.json").read_text())["num_hidden_layers"]
         trained = {"checkpoint": arguments.checkpoint, "data": arguments.data, "layers": None}
@@ -104,7 +117,8 @@ def main():
         spent = time.monotonic() - start
         print(f"took {spent:.0f} s, {expected_seconds(case):.0f} expected", flush=True)
         # Where the folders lie is no part of a figure.
-        source = "checkpoint" if "checkpoint" in subject else "traces"
+        source = {"trace": "traces", "density": "random", "checkpoint": "checkpoint"}
+        source = next(name for key, name in source.items() if key in subject)
         return machine, {**result, "source": source, "device": device}
 
     results = []

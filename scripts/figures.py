@@ -235,7 +235,9 @@ def model_job(row: dict) -> str:
     return f"{JOBS[row['mode']]}, {row['batch']}×{row['tokens']}{again}"
 
 
-def model_table(rows: list[dict]) -> str:
+def model_table(rows: list[dict], forms: tuple[str, ...] = ("twell", "auto")) -> str:
+    """A line for each row and each of the forms that it compares with the dense one."""
+
     def per_token(row, form):
         energy = row["energy_mj_per_token"][form]
         return "–" if energy is None else f"{energy:.3f}"
@@ -244,14 +246,16 @@ def model_table(rows: list[dict]) -> str:
         "| layers | job | activity | dense | twell | speed-up | peak memory | mJ per token |",
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
+    for row, form in ((row, form) for row in rows for form in forms if f"{form}_ms" in row):
         active = sum(row["active_per_layer"]) / len(row["active_per_layer"])
-        peak = [row["peak_bytes"][form] / 1e9 for form in ("dense", "twell")]
+        peak = [row["peak_bytes"][name] / 1e9 for name in ("dense", form)]
+        ratio = row["dense_ms"] / row[f"{form}_ms"]
+        note = ", auto" if form == "auto" else ""
         lines.append(
-            f"| {row['layers']} | {model_job(row)} | {row['source']}, {active:.0f} active |"
-            f" {row['dense_ms']:.1f} ms | {row['twell_ms']:.1f} ms | **{row['ratio']:.2f}×** |"
+            f"| {row['layers']} | {model_job(row)}{note} | {row['source']}, {active:.0f} active |"
+            f" {row['dense_ms']:.1f} ms | {row[f'{form}_ms']:.1f} ms | **{ratio:.2f}×** |"
             f" {peak[0]:.1f} → {peak[1]:.1f} GB |"
-            f" {per_token(row, 'dense')} → {per_token(row, 'twell')} |"
+            f" {per_token(row, 'dense')} → {per_token(row, form)} |"
         )
     return "\n".join(lines)
 
@@ -410,7 +414,7 @@ def readme_block(all_reports: list[dict]) -> str:
         parts += [gpu_training_table(rows), gpu_training_line(gpu)]
     for report in model_reports():
         rows = [row for row in report["results"] if is_headline(row)]
-        parts += [model_table(rows), model_line(report).replace("](../", "](")]
+        parts += [model_table(rows, ("twell",)), model_line(report).replace("](../", "](")]
     parts.append("[All cases](docs/benchmarks.md), the slower ones too.")
     return f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
 

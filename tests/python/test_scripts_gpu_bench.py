@@ -115,7 +115,7 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
     assert len(run_model.CASES) == 12 and run_model.SIZES["hidden"] == 2048
     # All of it on an H200, with a trained model of 8 layers.
     jobs = [*run_model.CASES, *(case for case in run_model.CASES if case["layers"] == 8)]
-    assert sum(map(run_model.expected_seconds, jobs)) <= 330
+    assert sum(map(run_model.expected_seconds, [*jobs, *run_model.DENSE_CASES])) <= 380
     small = (
         script.replace("2048", "16").replace("49152", "512").replace('"batch": 64', '"batch": 2')
     )
@@ -133,7 +133,7 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
         *("--checkpoint", model, "--data", ROOT / "scripts"),
     )
     assert answer.returncode == 0, answer.stderr
-    assert "16 cases, about " in answer.stdout and answer.stdout.count(" expected\n") == 16
+    assert "18 cases, about " in answer.stdout and answer.stdout.count(" expected\n") == 18
     report = json.loads(out.read_text())
     assert report["machine"]["commit"] == "abc1234"
     rows = [
@@ -146,8 +146,17 @@ def test_models_are_timed_case_by_case(tmp_path, finished):
         *2 * [("traces", 3, *case) for case in cases if case[0] != "eval"],
         ("traces", 3, "forward", False),
         ("traces", 3, "train", True),
+        *(("random", 2, mode, False) for mode in ("forward", "train")),
         *(("checkpoint", 2, *case) for case in cases),
     ]
+    compared = {}
+    for row in report["results"]:
+        forms = tuple(form for form in ("dense", "auto", "twell") if f"{form}_ms" in row)
+        compared[row["source"], row["layers"], row["mode"], row["checkpoint_activations"]] = forms
+    for mode in ("forward", "train"):
+        assert compared["traces", 2, mode, False] == ("dense", "auto", "twell")
+        assert compared["random", 2, mode, False] == ("dense", "auto")
+        assert compared["traces", 3, mode, mode == "train"] == ("dense", "twell")
     assert str(traces) not in out.read_text() and str(model) not in out.read_text()
 
 
@@ -169,6 +178,7 @@ def test_kernels_are_listed_of_some_cases():
         (8, "train", True),
     ]
     assert profiled(checkpoint="model") == [(8, "train", False)]
+    assert profiled(density=0.5) == []
 
 
 @needs_program
@@ -410,9 +420,9 @@ def test_the_docs_show_what_was_stored(project, finished):
     row = {
         "source": "traces", "mode": "forward", "layers": 8, "hidden": 64, "batch": 64,
         "tokens": 32, "checkpoint_activations": False, "active_per_layer": [20, 40],
-        "dense_ms": 200.0, "twell_ms": 100.0, "ratio": 2.0,
-        "peak_bytes": {"dense": 2e9, "twell": 1e9},
-        "energy_mj_per_token": {"dense": 0.5, "twell": None},
+        "dense_ms": 200.0, "auto_ms": 125.0, "twell_ms": 100.0, "ratio": 2.0,
+        "peak_bytes": {"dense": 2e9, "auto": 1.5e9, "twell": 1e9},
+        "energy_mj_per_token": {"dense": 0.5, "auto": 0.4, "twell": None},
     }  # fmt: skip
     (results / "model.json").write_text(
         json.dumps({"machine": report["machine"], "results": [row]})
@@ -453,6 +463,10 @@ def test_the_docs_show_what_was_stored(project, finished):
     table = (project / "docs/benchmarks.md").read_text()
     assert "| 8 | forward, 64×32 | traces, 30 active | 200.0 ms | 100.0 ms | **2.00×** |" in table
     assert "2.0 → 1.0 GB | 0.500 → – |" in table
+    assert (
+        "| 8 | forward, 64×32, auto | traces, 30 active | 200.0 ms | 125.0 ms | **1.60×** |"
+        " 2.0 → 1.5 GB | 0.500 → 0.400 |"
+    ) in table
     step = "training step, 64×32"
     titles = [step, f"{step}, checkpointing", f"{step}, trained model"]
     columns = [f"{title}, {form}" for title in titles for form in ("dense", "twell")]
