@@ -245,3 +245,48 @@ def test_two_setups_at_once_make_one_environment(tmp_path):
     both = [subprocess.Popen([ROOT / "scripts/setup"], env=environment) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert log.read_text() == "pip\n"
+
+
+# Stands for the Python that runs the tests: does nothing.
+NO_TESTS = "#!/bin/sh\n"
+
+
+def test_the_tests_say_that_cuda_is_missing(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(NO_TESTS)
+    python.chmod(0o755)
+
+    def output():
+        environment = {**os.environ, "TWELL_BUILD": str(tmp_path), "TWELL_PYTHON": str(python)}
+        command = [ROOT / "scripts/test"]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    assert output().startswith("twell: no CUDA target was built, so no CUDA test runs")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/twell_cuda_sim_tests").touch()
+    assert output() == ""
+
+
+def test_ci_fails_where_cuda_was_lost(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    run = tmp_path / ".ci/run"
+    run.write_text((ROOT / ".ci/run").read_text())
+    run.chmod(0o755)
+    (tmp_path / "Makefile").write_text("test:\n\t@echo tested\n")
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    def ci():
+        done = subprocess.run([run], env=environment, check=False, capture_output=True, text=True)
+        assert done.stdout == "tested\n"
+        return done.returncode, done.stderr
+
+    line = f"twell: {tmp_path}/nvcc is there, but build/tests/twell_cuda_tests was not built\n"
+    assert ci() == (1, line)
+    program = tmp_path / "build/tests/twell_cuda_tests"
+    program.parent.mkdir(parents=True)
+    program.write_text("")
+    program.chmod(0o755)
+    assert ci() == (0, "")
