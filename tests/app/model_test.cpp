@@ -256,6 +256,41 @@ TEST(Decoder, ReplaysAGraphOnCuda) {
   expect_decodes_as_the_full_forward(torch::kCUDA, FfnMode::kDense);
 }
 
+// In bf16, where CUDA has the sparse path: a replayed step has the bits of one that is not
+// captured, in the same slot.
+TEST(Decoder, ReplaysTheSameBitsOnCuda) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "needs a CUDA device";
+  const torch::InferenceMode inference;
+  constexpr int64_t kPrompt = 9, kLength = 64;
+  const Tensor tokens = some_tokens(1, kLength)[0];
+  for (const FfnMode ffn : {FfnMode::kDense, FfnMode::kTwell, FfnMode::kAuto}) {
+    const auto create = [] {
+      return Llama::create(small_config(), 7, torch::kBFloat16, torch::kCUDA);
+    };
+    Llama captured = create(), uncaptured = create();
+    Decoder decoder(captured, ffn, kLength);
+    KvCache cache(kLength);
+    ForwardOptions options;
+    options.ffn = ffn;
+    options.cache = &cache;
+    const auto logits_after = [&](const Tensor& some) {
+      const Tensor batch = some.unsqueeze(0).to(torch::kCUDA);
+      return uncaptured.logits(uncaptured.forward(batch, options)[0][-1]);
+    };
+    const Tensor prompt = tokens.narrow(0, 0, kPrompt);
+    ASSERT_TRUE(decoder.prefill(prompt).equal(logits_after(prompt))) << name_of(ffn);
+    uncaptured.reserve(cache, kLength);
+    cache.slot = torch::zeros({1}, torch::TensorOptions(torch::kInt64).device(torch::kCUDA));
+    for (int64_t at = kPrompt; at < kLength; ++at) {
+      cache.slot.fill_(at);
+      const Tensor want = logits_after(tokens.narrow(0, at, 1));
+      const Tensor got = decoder.step(tokens[at].item<int64_t>());
+      ASSERT_TRUE(got.equal(want))
+          << name_of(ffn) << " at " << at << " by " << difference(got, want);
+    }
+  }
+}
+
 TEST(Llama, DenseAndTwellAgree) {
   const torch::NoGradGuard no_grad;
   Llama model = small_model();

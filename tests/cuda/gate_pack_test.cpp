@@ -46,8 +46,9 @@ class CudaGatePack : public GpuTest {
     const Status status = gate_pack(shape, device, args);
     ASSERT_TRUE(status.ok()) << status.message();
     const std::vector<std::uint32_t> got = words.download<std::uint32_t>();
-    EXPECT_TRUE(words.guard_intact());
-    EXPECT_TRUE(workspace.guard_intact());
+    for (const DeviceBuffer* buffer : {&words, &overflow, &workspace}) {
+      EXPECT_TRUE(buffer->guard_intact());
+    }
 
     std::int64_t overflowed = 0, disagreements = 0;
     for (std::int64_t row = 0; row < rows; ++row) {

@@ -41,6 +41,11 @@ def test_opcheck(kind):
     torch.library.opcheck(torch.ops.twell.ffn_backward, (*grads, *block.operands, saved))
 
 
+def test_gate_pack_opcheck():
+    block = make_block(37, 64, 264).to("cuda")
+    torch.library.opcheck(torch.ops.twell.gate_pack, (block.x, block.gate, 16))
+
+
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(20, 264, 1000), (700, 128, 512)], ids=str)
 @pytest.mark.parametrize("kind", ["gated", "plain"])
