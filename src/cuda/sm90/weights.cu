@@ -486,7 +486,7 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
 
 template <bool kGated, class Work>
 __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
-    weights_kernel(const Work work, const Call call, int blocks) {
+    weights_kernel(const Work work, const __grid_constant__ Call call, int blocks) {
   if (!work.runs()) return;
   extern __shared__ std::uint8_t raw[];
   auto& shared = aligned_shared<Shared<kGated>>(raw);
