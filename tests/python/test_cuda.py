@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ffn_cases import dense, make_block, reference, relative_error
+from test_accumulate import check_parts, old_gradients
 
 import twell
 from twell import functional
@@ -38,7 +39,17 @@ def test_opcheck(kind):
     torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, False, False))
     saved = torch.ops.twell.ffn_forward(*block.operands, True)[4]
     grads = torch.randn_like(block.x), torch.tensor(0.25, device="cuda")
-    torch.library.opcheck(torch.ops.twell.ffn_backward, (*grads, *block.operands, saved))
+    arguments = (*grads, *block.operands, saved)
+    torch.library.opcheck(torch.ops.twell.ffn_backward, arguments)
+    torch.library.opcheck(
+        torch.ops.twell.ffn_backward_accumulate, (*arguments, *old_gradients(block))
+    )
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_accumulated_parts_add_up_to_the_whole(kind, density):
+    check_parts(make_block(700, 128, 512, kind=kind, density=density).to("cuda"), parts=3)
 
 
 def test_gate_pack_opcheck():
