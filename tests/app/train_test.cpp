@@ -487,8 +487,7 @@ TEST_F(Training, SpeedIsEvenAroundEvaluationsOnAGpu) {
   std::vector<double> rates;
   for (std::string text; std::getline(lines, text);) {
     const auto line = nlohmann::json::parse(text);
-    if (line["step"].get<int64_t>() <= 10) continue;  // they warm up
-    rates.push_back(line["tokens_per_second"].get<double>());
+    if (line["step"] > 10) rates.push_back(line["tokens_per_second"]);  // the first ones warm up
   }
   ASSERT_EQ(rates.size(), 15u);
   EXPECT_LT(*std::max_element(rates.begin(), rates.end()),
