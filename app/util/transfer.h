@@ -25,7 +25,6 @@ class Readback {
   explicit Readback(const std::vector<double>& values);
 
   bool defined() const { return host_.defined(); }
-  bool ready() const;  // whether values() would not wait
   // Waits for the copy. Only if defined().
   std::vector<double> values() const;
 
