@@ -424,18 +424,16 @@ TEST_F(CudaBackward, LeavesTheWeightsOfASilentNeuronUnread) {
 }
 
 TEST_F(CudaBackward, IsBitwiseReproducible) {
-  for (const FfnKind kind : kKinds) {
-    for (const double density : {0.01, 0.1}) {  // in lists, dense
-      const TrainingBlock block(kind, 300, 40, 136, density);
-      for (const Device& device : devices) {
-        TrainingCall call(training_plan(block.problem, device, 256, 0.5), block);
+  for (const double density : {0.01, 0.1}) {  // in lists, dense
+    const TrainingBlock block(FfnKind::kGated, 300, 40, 136, density);
+    for (const Device& device : devices) {
+      TrainingCall call(training_plan(block.problem, device, 256, 0.5), block);
+      ASSERT_TRUE(call.run().ok());
+      const auto want = call.gradients();
+      for (int run = 0; run < 3; ++run) {
+        call.poison();
         ASSERT_TRUE(call.run().ok());
-        const auto want = call.gradients();
-        for (int run = 0; run < 3; ++run) {
-          call.poison();
-          ASSERT_TRUE(call.run().ok());
-          EXPECT_EQ(call.gradients(), want);
-        }
+        EXPECT_EQ(call.gradients(), want);
       }
     }
   }
