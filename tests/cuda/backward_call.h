@@ -55,6 +55,7 @@ template <class Round>
 Gradients dense_gradients(const TrainingBlock& block, const Round& round) {
   const auto [kind, dtype, tokens, hidden, neurons] = block.problem;
   const auto rounded = [&](std::vector<double> values) {
+#pragma omp parallel for
     for (double& v : values) v = round(v);
     return values;
   };
@@ -76,6 +77,7 @@ Gradients dense_gradients(const TrainingBlock& block, const Round& round) {
       gated ? to_neurons(block.x, block.up) : std::vector<double>(g.size(), 1);
   const std::vector<double> sums = to_neurons(block.grad_y, block.down);
   std::vector<double> h(g.size()), dg(g.size()), du(g.size());
+#pragma omp parallel for
   for (std::size_t i = 0; i < g.size(); ++i) {
     h[i] = round(g[i] * u[i]);
     const double of_l1 = round(block.grad_l1 * ((h[i] > 0) - (h[i] < 0)));

@@ -181,6 +181,7 @@ struct Block {
   // The gate's values: relu(x Gᵀ) rounded to bf16 (of U for a plain block).
   std::vector<double> gate_values() const {
     std::vector<double> g = of_neurons(gated() ? gate : up);
+#pragma omp parallel for
     for (double& v : g) {
       v = to_float(to_bf16(static_cast<float>(std::isnan(v) || v > 0 ? v : 0)));
     }
