@@ -14,7 +14,7 @@ test: build
 	@scripts/test
 
 test-gpu:
-	@scripts/test-gpu
+	@scripts/test-gpu $(if $(SANITIZE),--sanitize)
 
 test-asan: setup
 	@scripts/test-asan

@@ -1,10 +1,11 @@
-// What bench/cuda_ffn*.py call: a plan, a forward and a backward pass without PyTorch's operators
-// around them.
+// What bench/cuda_ffn*.py call: a plan, a forward and a backward pass and the gate that packs,
+// without PyTorch's operators around them. Functions that can fail return 0, or 1 and a message.
 
 #include <cstdint>
 #include <cstdio>
 
 #include "twell/ffn.h"
+#include "twell/gate_pack.h"
 
 using twell::FfnKind;
 using twell::FfnPath;
@@ -17,23 +18,26 @@ int fail(const twell::Status& status, char* message, int size) {
   return 1;
 }
 
+// For a gated block in bf16 on CUDA device 0.
+twell::Result<FfnPlan> plan(std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
+                            const twell::PlanOptions& options) {
+  const twell::Result<twell::Device> device = twell::cuda_device(0);
+  if (!device.ok()) return device.status();
+  return twell::plan_ffn({FfnKind::kGated, twell::DType::kBf16, tokens, hidden, neurons},
+                         device.value(), options);
+}
+
 }  // namespace
 
 extern "C" {
 
-// A plan of the forced sparse path for a gated block in bf16 on CUDA device 0, or null and a
-// message; the caller frees it.
+// A plan of the forced sparse path, or null and a message; the caller frees it.
 FfnPlan* twell_bench_plan(int training, std::int64_t tokens, std::int64_t hidden,
                           std::int64_t neurons, char* message, int size) {
-  const twell::Result<twell::Device> device = twell::cuda_device(0);
-  if (!device.ok()) return fail(device.status(), message, size), nullptr;
-  twell::PlanOptions options;
-  options.path = FfnPath::kSparse;
-  options.training = training != 0;
-  const twell::Result<FfnPlan> plan = twell::plan_ffn(
-      {FfnKind::kGated, twell::DType::kBf16, tokens, hidden, neurons}, device.value(), options);
-  if (!plan.ok()) return fail(plan.status(), message, size), nullptr;
-  return new FfnPlan(plan.value());
+  const twell::Result<FfnPlan> made =
+      plan(tokens, hidden, neurons, {.path = FfnPath::kSparse, .training = training != 0});
+  if (!made.ok()) return fail(made.status(), message, size), nullptr;
+  return new FfnPlan(made.value());
 }
 
 void twell_bench_free(FfnPlan* plan) { delete plan; }
@@ -50,7 +54,23 @@ std::int64_t twell_bench_backward_workspace_bytes(const FfnPlan* plan) {
   return static_cast<std::int64_t>(plan->backward_workspace_bytes);
 }
 
-// 0, or 1 and a message. `saved` is null for a plan that is not for training.
+// What the planner chooses by itself for a forward, or for forward and backward, of so many mean
+// active neurons per token and per tile: whether the dense path, and the times it predicts.
+int twell_bench_choice(int training, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
+                       double expected_active, double expected_union, int* dense, double* dense_ms,
+                       double* sparse_ms, char* message, int size) {
+  const twell::Result<FfnPlan> made = plan(tokens, hidden, neurons,
+                                           {.training = training != 0,
+                                            .expected_active = expected_active,
+                                            .expected_union = expected_union});
+  if (!made.ok()) return fail(made.status(), message, size);
+  *dense = made->path == FfnPath::kDense;
+  *dense_ms = made->predicted_dense_ms;
+  *sparse_ms = made->predicted_sparse_ms;
+  return 0;
+}
+
+// `saved` is null for a plan that is not for training.
 int twell_bench_forward(const FfnPlan* plan, const void* x, const void* gate, const void* up,
                         const void* down, void* y, void* saved, void* workspace, void* stream,
                         char* message, int size) {
@@ -82,6 +102,37 @@ int twell_bench_backward(const FfnPlan* plan, const void* grad_y, const void* x,
   args.workspace = workspace;
   args.stream = stream;
   const twell::Status status = twell::ffn_backward(*plan, args);
+  return status.ok() ? 0 : fail(status, message, size);
+}
+
+// The bytes of gate_pack's words, in the published 32 slots, and of its workspace.
+int twell_bench_gate_pack_bytes(std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
+                                std::int64_t* words, std::int64_t* workspace, char* message,
+                                int size) {
+  const twell::Result<twell::Device> device = twell::cuda_device(0);
+  if (!device.ok()) return fail(device.status(), message, size);
+  const twell::TwellShape shape = {tokens, neurons};
+  const auto bytes = twell::gate_pack_workspace_bytes(shape, hidden, device.value());
+  if (!bytes.ok()) return fail(bytes.status(), message, size);
+  *words = shape.words() * static_cast<std::int64_t>(sizeof(std::uint32_t));
+  *workspace = static_cast<std::int64_t>(bytes.value());
+  return 0;
+}
+
+int twell_bench_gate_pack(std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
+                          const void* x, const void* gate, void* words, void* overflow_tile_rows,
+                          void* workspace, void* stream, char* message, int size) {
+  const twell::Result<twell::Device> device = twell::cuda_device(0);
+  if (!device.ok()) return fail(device.status(), message, size);
+  twell::GatePackArgs args;
+  args.x = static_cast<const twell::bf16*>(x);
+  args.gate = static_cast<const twell::bf16*>(gate);
+  args.hidden = hidden;
+  args.words = static_cast<std::uint32_t*>(words);
+  args.overflow_tile_rows = static_cast<std::int64_t*>(overflow_tile_rows);
+  args.workspace = workspace;
+  args.stream = stream;
+  const twell::Status status = twell::gate_pack({tokens, neurons}, device.value(), args);
   return status.ok() ? 0 : fail(status, message, size);
 }
 

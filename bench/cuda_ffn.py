@@ -1,38 +1,58 @@
 """Times the CUDA forward against PyTorch's bf16 dense FFN in the same process, with L2 flushed.
 
 usage: cuda_ffn.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE [--commit ID]
-                   [--only prefill|decode] [--cases "layer 5,29 uniform"] [--tokens 131072,16384]
+                   [--only prefill|decode|gate] [--cases "layer 5" "29 uniform, 3072x8192"]
+                   [--tokens 131072 16384]
 
 Medians of CUDA events. A case is a layer of the traces, N neurons chosen at random per token (also
 at other sizes, "29 uniform, HIDDENxNEURONS"), or random weights (half of the gate's values
 positive). The input that gives a pattern is found by gradient descent on x and the gate, until
 their bf16 product has the pattern exactly.
+
+Every case says what the planner chooses by itself, told the pattern's means (auto_*). The rows
+"gate" compare the gate's kernel with cuBLAS's product of the same shape, by the profiler.
 """
 
 import argparse
+import collections
 import ctypes
+import dataclasses
+import functools
 import json
 import re
 import statistics
 import subprocess
+from collections.abc import Callable
 
 import numpy
 import torch
+from torch.autograd import DeviceType
 from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 
 HIDDEN, NEURONS, TRACE_TOKENS = 2048, 5632, 4096
 TILE = 128  # tokens that share a union
 KERNEL = re.compile(r"twell::cuda::.*?(\w+)_kernel")
-PREFILL = (131072, 16384, 4096, 1024, 512, 128)
-COMPILED = PREFILL[:2]  # tokens for which the compiled dense form is timed too
+LARGE = (131072, 16384)
+PREFILL = (*LARGE, 4096, 1024, 512, 128)
 DECODE = (1, 4, 16, 32, 64)
-OTHER_SIZES = ((3072, 8192), (4096, 14336))  # hidden, neurons
+OTHER_SIZES = {  # hidden, neurons: the tokens of each kind of row
+    (1024, 4096): {"prefill": LARGE[1:]},
+    (3072, 8192): {"prefill": LARGE[1:]},
+    (4096, 14336): {"prefill": LARGE[1:], "decode": (1, 16)},
+    (8192, 22016): {"prefill": LARGE[1:]},
+    (2048, 5640): {"gate": LARGE},  # the last tile of 64 neurons is not full
+}
 DECODE_LAYERS = 8  # weights in rotation, so that they come from memory
 
 
 def current_stream():
     return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def sizes_of(tokens, gate):
+    neurons, hidden = gate.shape
+    return [ctypes.c_int64(size) for size in (tokens, hidden, neurons)]
 
 
 class Forward:
@@ -41,8 +61,7 @@ class Forward:
     def __init__(self, library, tokens, gate):
         self.library = library
         self.message = ctypes.create_string_buffer(1000)
-        neurons, hidden = gate.shape
-        sizes = [ctypes.c_int64(v) for v in (tokens, hidden, neurons)]
+        sizes = sizes_of(tokens, gate)
         self.plan = ctypes.c_void_p(library.twell_bench_plan(0, *sizes, self.message, 1000))
         if not self.plan:
             raise RuntimeError(self.message.value.decode())
@@ -59,6 +78,41 @@ class Forward:
             raise RuntimeError(self.message.value.decode())
 
 
+class GatePack:
+    """gate_pack of the core with its words and workspace."""
+
+    def __init__(self, library, tokens, gate):
+        self.library = library
+        self.message = ctypes.create_string_buffer(1000)
+        self.sizes = sizes_of(tokens, gate)
+        words, workspace = ctypes.c_int64(), ctypes.c_int64()
+        self.call(library.twell_bench_gate_pack_bytes, ctypes.byref(words), ctypes.byref(workspace))
+        self.buffers = [
+            torch.empty(size, dtype=torch.uint8, device="cuda")
+            for size in (words.value, 8, workspace.value)
+        ]
+
+    def call(self, function, *arguments):
+        if function(*self.sizes, *arguments, self.message, 1000):
+            raise RuntimeError(self.message.value.decode())
+
+    def __call__(self, x, gate):
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, gate, *self.buffers)]
+        self.call(self.library.twell_bench_gate_pack, *pointers, current_stream())
+
+
+def choice(library, tokens, gate, means, training=False):
+    """The path that the planner chooses for `means` (see sparsity), and the times it predicts."""
+    message = ctypes.create_string_buffer(1000)
+    known = [ctypes.c_double(means[name]) for name in ("active_mean", "union_mean")]
+    is_dense, dense_ms, sparse_ms = ctypes.c_int(), ctypes.c_double(), ctypes.c_double()
+    answers = [ctypes.byref(value) for value in (is_dense, dense_ms, sparse_ms)]
+    sizes = sizes_of(tokens, gate)
+    if library.twell_bench_choice(int(training), *sizes, *known, *answers, message, 1000):
+        raise RuntimeError(message.value.decode())
+    return "dense" if is_dense.value else "sparse", dense_ms.value, sparse_ms.value
+
+
 def dense(x, gate, up, down_t):
     return linear(torch.relu(linear(x, gate)) * linear(x, up), down_t)
 
@@ -68,7 +122,11 @@ def dense_concatenated(x, gate_up, down_t):
     return linear(torch.relu(gate) * up, down_t)
 
 
-dense_compiled = torch.compile(dense, dynamic=False)
+# Compiled anew for every shape; a full graph, which never falls back to the plain form unseen.
+torch._dynamo.config.recompile_limit = 64
+dense_compiled, dense_concatenated_compiled = (
+    torch.compile(form, dynamic=False, fullgraph=True) for form in (dense, dense_concatenated)
+)
 
 
 def random_weights(hidden=HIDDEN, neurons=NEURONS):
@@ -86,6 +144,14 @@ def trace_pattern(folder, layer):
     tokens = torch.repeat_interleave(torch.arange(TRACE_TOKENS), torch.tensor(numpy.diff(rows)))
     pattern[tokens, torch.tensor(columns)] = True
     return pattern.cuda()
+
+
+def independent(share):
+    """x and gate with each value positive by chance, so many of them."""
+    x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda"), random_weights()[0]
+    x[:, 0] = 8  # the others' part in a value is of standard deviation 1
+    gate[:, 0] = statistics.NormalDist().inv_cdf(share) / 8
+    return x.bfloat16(), gate
 
 
 def uniform_pattern(active, neurons=NEURONS):
@@ -120,13 +186,22 @@ def fit(pattern, hidden=HIDDEN):
     raise RuntimeError("no input with this pattern was found in 1000 steps")
 
 
+@functools.cache
+def larger_than_l2():
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+
+def flush_l2():
+    """By a kernel of its own that nothing timed here runs."""
+    larger_than_l2().bitwise_not_()
+
+
 def medians_ms(calls, repeats=9):
     """Of each call; all take turns, so that they share the card's temperature and power."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times = [[] for _ in calls]
     for i in range(repeats + 3):
         for call, own in zip(calls, times, strict=True):
-            flush.zero_()
+            flush_l2()
             begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
             begin.record()
             call()
@@ -137,29 +212,75 @@ def medians_ms(calls, repeats=9):
     return [statistics.median(own) for own in times]
 
 
-def stage_ms(call):
-    """Time of each kernel of twell in one call, by the profiler; empty if it sees none."""
+def profiled(calls, repeats):
+    """Of each call: what its kernels took, {name: ms}, for every repeat; calls take turns."""
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        call()
-        torch.cuda.synchronize()
-    stages = {}
-    for event in found.key_averages():
-        if name := KERNEL.search(event.key):
-            stages[name[1]] = stages.get(name[1], 0) + event.device_time_total / 1000
-    return {name: round(ms, 4) for name, ms in stages.items()}
+        for _ in range(repeats):
+            for call in calls:
+                flush_l2()
+                call()
+                torch.cuda.synchronize()
+    runs = split_at_flushes(found.events())
+    if len(runs) != repeats * len(calls):
+        raise RuntimeError(f"the profiler saw {len(runs)} of {repeats * len(calls)} calls")
+    return [runs[i :: len(calls)] for i in range(len(calls))]
 
 
-def result(case, gate, tokens, dense_ms, strongest_ms, twell_ms, stages, error):
+def split_at_flushes(events):
+    """{name: ms} of the kernels after each flush, which is what the first kernel of all is."""
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+    kernels.sort(key=lambda event: event.time_range.start)
+    runs = []
+    for kernel in kernels:
+        if kernel.name == kernels[0].name:
+            runs.append(collections.Counter())
+        else:
+            runs[-1][kernel.name] += kernel.time_range.elapsed_us() / 1000
+    return runs
+
+
+def median_stages(runs):
+    """Medians of what twell's kernels took, by their short names."""
+    stages = collections.defaultdict(list)
+    for run in runs:
+        own = collections.Counter()
+        for kernel, ms in run.items():
+            if name := KERNEL.search(kernel):
+                own[name[1]] += ms
+        for name, ms in own.items():
+            stages[name].append(ms)
+    return {name: round(statistics.median(own), 4) for name, own in stages.items()}
+
+
+def stage_ms(call):
+    (runs,) = profiled([call], 5)
+    return median_stages(runs)
+
+
+def result(library, case, x, gate, times, stages, error):
+    """A row; `times` has the ms of every dense form and of twell."""
     neurons, hidden = gate.shape
+    tokens = len(x)
+    strongest_ms = min(ms for form, ms in times.items() if form != "twell")
+    means = sparsity(x, gate)
+    path, predicted_dense_ms, predicted_sparse_ms = choice(library, tokens, gate, means)
+    auto_ms = times["dense" if path == "dense" else "twell"]
     row = {
         "case": case,
         "hidden": hidden,
         "neurons": neurons,
         "tokens": tokens,
-        "dense_ms": round(dense_ms, 4),
-        "dense_concatenated_ms": round(strongest_ms, 4),
-        "twell_ms": round(twell_ms, 4),
-        "ratio": round(dense_ms / twell_ms, 3),
+        **means,
+        **{f"{form}_ms": round(ms, 4) for form, ms in times.items()},
+        "ratio": round(times["dense"] / times["twell"], 3),
+        "dense_strongest_ms": round(strongest_ms, 4),
+        "ratio_strongest": round(strongest_ms / times["twell"], 3),
+        "auto_path": path,
+        "auto_ms": round(auto_ms, 4),
+        "auto_ratio": round(times["dense"] / auto_ms, 3),
+        "predicted_dense_ms": round(predicted_dense_ms, 4),
+        "predicted_sparse_ms": round(predicted_sparse_ms, 4),
         "error": round(error, 5),
         "stages": stages,
     }
@@ -174,32 +295,64 @@ def relative_error(got, want):
 def sparsity(x, gate):
     """Mean active neurons of the first tokens, and mean size of their tiles' unions."""
     active = torch.relu(linear(x[:TRACE_TOKENS], gate)) > 0
-    tiles = active[: len(active) // TILE * TILE].view(-1, TILE, len(gate)).any(1)
+    tile = min(TILE, len(active))
+    tiles = active[: len(active) // tile * tile].view(-1, tile, len(gate)).any(1)
     return {
         "active_mean": round(active.sum(1).float().mean().item(), 2),
         "union_mean": round(tiles.sum(1).float().mean().item(), 2),
     }
 
 
+def repeated(x, tokens):
+    return x.repeat(-(-tokens // len(x)), 1)[:tokens].contiguous()
+
+
 def prefill(library, case, x, gate, up, down, tokens):
-    x = x.repeat(-(-tokens // len(x)), 1)[:tokens].contiguous()
+    x = repeated(x, tokens)
     y = torch.empty_like(x)
     down_t = down.T.contiguous()
     gate_up = torch.cat((gate, up))
     forward = Forward(library, tokens, gate)
-    run = lambda: forward(x, gate, up, down, y)  # noqa: E731
-    calls = [
-        lambda: dense(x, gate, up, down_t),
-        lambda: dense_concatenated(x, gate_up, down_t),
-        run,
-    ]
-    if tokens in COMPILED:
-        calls.append(lambda: dense_compiled(x, gate, up, down_t))
-    times = medians_ms(calls)
+    calls = {
+        "dense": lambda: dense(x, gate, up, down_t),
+        "dense_concatenated": lambda: dense_concatenated(x, gate_up, down_t),
+        "dense_compiled": lambda: dense_compiled(x, gate, up, down_t),
+        "dense_concatenated_compiled": lambda: dense_concatenated_compiled(x, gate_up, down_t),
+        "twell": lambda: forward(x, gate, up, down, y),
+    }
+    times = dict(zip(calls, medians_ms(calls.values()), strict=True))
     error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
-    row = result(case, gate, tokens, *times[:3], stage_ms(run), error) | sparsity(x, gate)
-    if tokens in COMPILED:
-        row["dense_compiled_ms"] = round(times[3], 4)
+    return result(library, case, x, gate, times, stage_ms(calls["twell"]), error)
+
+
+def gate_row(library, case, x, gate, up, down, tokens):
+    """The gate's kernel, in the forward and with its words (gate_pack), and cuBLAS's product."""
+    x = repeated(x, tokens)
+    y = torch.empty_like(x)
+    forward, pack = Forward(library, tokens, gate), GatePack(library, tokens, gate)
+    calls = [
+        lambda: linear(x, gate),
+        lambda: forward(x, gate, up, down, y),
+        lambda: pack(x, gate),
+    ]
+    for call in calls:
+        call()
+    cublas, ours, packed = profiled(calls, 11)
+    cublas_ms, pack_ms = (
+        statistics.median(sum(run.values()) for run in runs) for runs in (cublas, packed)
+    )
+    gate_ms = median_stages(ours)["gate"]
+    row = {
+        "case": case,
+        "hidden": gate.shape[1],
+        "neurons": gate.shape[0],
+        "tokens": tokens,
+        "cublas_ms": round(cublas_ms, 4),
+        "gate_ms": gate_ms,
+        "gate_pack_ms": round(pack_ms, 4),
+        "ratio": round(cublas_ms / gate_ms, 3),
+    }
+    print(json.dumps(row), flush=True)
     return row
 
 
@@ -216,30 +369,32 @@ def graph_of(call):
 
 def decode(library, case, x, gate, tokens):
     gates = [gate.clone() for _ in range(DECODE_LAYERS)]
-    ups, downs = zip(*(random_weights() for _ in gates), strict=True)
+    ups, downs = zip(*(random_weights(*gate.shape[::-1]) for _ in gates), strict=True)
     downs_t = [d.T.contiguous() for d in downs]
     gate_ups = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
     x = x[:tokens].contiguous()
     y = torch.empty_like(x)
     forward = Forward(library, tokens, gate)
 
-    def run():
-        for weights in zip(gates, ups, downs, strict=True):
-            forward(x, *weights, y)
+    def in_layers(form, *weights):
+        def run():
+            for own in zip(*weights, strict=True):
+                form(x, *own)
 
-    def run_dense():
-        for weights in zip(gates, ups, downs_t, strict=True):
-            dense(x, *weights)
+        return graph_of(run)
 
-    def run_concatenated():
-        for weights in zip(gate_ups, downs_t, strict=True):
-            dense_concatenated(x, *weights)
-
-    graphs = [graph_of(call) for call in (run_dense, run_concatenated, run)]
-    times = [ms / DECODE_LAYERS for ms in medians_ms([graph.replay for graph in graphs], 30)]
+    graphs = {
+        "dense": in_layers(dense, gates, ups, downs_t),
+        "dense_concatenated": in_layers(dense_concatenated, gate_ups, downs_t),
+        "dense_compiled": in_layers(dense_compiled, gates, ups, downs_t),
+        "dense_concatenated_compiled": in_layers(dense_concatenated_compiled, gate_ups, downs_t),
+        "twell": in_layers(functools.partial(forward, y=y), gates, ups, downs),
+    }
+    medians = medians_ms([graph.replay for graph in graphs.values()], 30)
+    times = {form: ms / DECODE_LAYERS for form, ms in zip(graphs, medians, strict=True)}
     error = relative_error(y, dense(x, gates[-1], ups[-1], downs_t[-1]))
     stages = stage_ms(lambda: forward(x, gates[0], ups[0], downs[0], y))
-    return result(f"{case}, graph", gate, tokens, *times, stages, error)
+    return result(library, f"{case}, graph", x, gate, times, stages, error)
 
 
 def load_library(path):
@@ -259,7 +414,7 @@ def make_parser(description):
     return parser
 
 
-def write_report(arguments, rows):
+def write_report(arguments, rows, **more):
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     name, driver = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
     report = {
@@ -269,55 +424,67 @@ def write_report(arguments, rows):
         "cuda": torch.version.cuda,
         "commit": arguments.commit,
         "results": rows,
+        **more,
     }
     with open(arguments.json, "w") as file:
         json.dump(report, file, indent=1)
         file.write("\n")
 
 
+@dataclasses.dataclass
+class Case:
+    make: Callable  # x and gate
+    prefill: tuple = ()  # tokens of each kind of row
+    decode: tuple = ()
+    gate: tuple = ()
+
+
+def uniform_case(hidden, neurons, **tokens):
+    return Case(lambda: fit(uniform_pattern(29, neurons), hidden), **tokens)
+
+
+def cases(traces):
+    """By name."""
+    found = {
+        f"layer {layer}": Case(lambda layer=layer: fit(trace_pattern(traces, layer)), LARGE)
+        for layer in (1, 2, 4, 5, 7)
+    }
+    every = {"prefill": PREFILL, "decode": DECODE, "gate": LARGE}
+    found["layer 5"] = dataclasses.replace(found["layer 5"], **every)
+    found["29 uniform"] = uniform_case(HIDDEN, NEURONS, prefill=LARGE, gate=LARGE)
+    found["50% active"] = Case(lambda: independent(0.5), **every)
+    for (hidden, neurons), tokens in OTHER_SIZES.items():
+        found[f"29 uniform, {hidden}x{neurons}"] = uniform_case(hidden, neurons, **tokens)
+    return found
+
+
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--only", choices=("prefill", "decode"), help="default: both")
-    parser.add_argument("--cases", type=lambda text: text.split(","), help="default: all")
-    parser.add_argument(
-        "--tokens", type=lambda text: [int(m) for m in text.split(",")], help="default: all"
-    )
+    parser.add_argument("--only", choices=("prefill", "decode", "gate"), help="default: all")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="default: all")
     arguments = parser.parse_args()
     library = load_library(arguments.library)
     torch.manual_seed(0)
-    up, down = random_weights()
-    inputs = {
-        f"layer {layer}": lambda layer=layer: fit(trace_pattern(arguments.traces, layer))
-        for layer in (1, 2, 4, 5, 7)
-    }
-    inputs["29 uniform"] = lambda: fit(uniform_pattern(29))
-    inputs["50% active"] = lambda: (
-        torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(),
-        up.roll(1, 0),
-    )
 
-    rows = []
-    for case, make in inputs.items():
-        sizes = [] if arguments.only == "decode" else PREFILL if case == "layer 5" else PREFILL[:2]
-        decoded = DECODE if case == "layer 5" and arguments.only != "prefill" else ()
-        if arguments.tokens:
-            sizes = [m for m in sizes if m in arguments.tokens]
-            decoded = [m for m in decoded if m in arguments.tokens]
-        if (arguments.cases and case not in arguments.cases) or not (sizes or decoded):
+    def wanted(kind, tokens):
+        if arguments.only not in (None, kind):
+            return []
+        return [m for m in tokens if m in (arguments.tokens or tokens)]
+
+    rows, gate_rows = [], []
+    for name, case in cases(arguments.traces).items():
+        sizes, decoded = wanted("prefill", case.prefill), wanted("decode", case.decode)
+        gates = wanted("gate", case.gate)
+        if name not in (arguments.cases or [name]) or not (sizes or decoded or gates):
             continue
-        x, gate = make()
-        rows += [prefill(library, case, x, gate, up, down, tokens) for tokens in sizes]
-        rows += [decode(library, case, x, gate, tokens) for tokens in decoded]
+        x, gate = case.make()
+        up, down = random_weights(*gate.shape[::-1])
+        rows += [prefill(library, name, x, gate, up, down, tokens) for tokens in sizes]
+        rows += [decode(library, name, x, gate, tokens) for tokens in decoded]
+        gate_rows += [gate_row(library, name, x, gate, up, down, tokens) for tokens in gates]
 
-    for hidden, neurons in OTHER_SIZES:
-        case, tokens = f"29 uniform, {hidden}x{neurons}", COMPILED[-1]
-        wanted = arguments.only != "decode" and tokens in (arguments.tokens or [tokens])
-        if wanted and (not arguments.cases or case in arguments.cases):
-            x, gate = fit(uniform_pattern(29, neurons), hidden)
-            weights = random_weights(hidden, neurons)
-            rows.append(prefill(library, case, x, gate, *weights, tokens))
-
-    write_report(arguments, rows)
+    write_report(arguments, rows, gate=gate_rows)
 
 
 if __name__ == "__main__":

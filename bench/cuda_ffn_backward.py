@@ -3,8 +3,9 @@
 usage: cuda_ffn_backward.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE
                             [--commit ID]
 
-Cases, input and timing as in cuda_ffn.py. Peak memory is what a pass allocates at most beyond its
-inputs and the gradients that both forms return.
+Cases, input and timing as in cuda_ffn.py, and shares of the neurons that are active by chance. Peak
+memory is what a pass allocates at most beyond its inputs and the gradients that both forms return.
+auto_path is what the planner chooses, told the pattern's means.
 """
 
 import ctypes
@@ -13,10 +14,11 @@ import torch
 from cuda_ffn import (
     HIDDEN,
     NEURONS,
-    TRACE_TOKENS,
+    choice,
     current_stream,
     dense,
     fit,
+    independent,
     load_library,
     make_parser,
     medians_ms,
@@ -30,6 +32,7 @@ from cuda_ffn import (
 )
 
 TOKENS = 16384
+SHARES = (0.01, 0.03, 0.05, 0.1, 0.2, 0.5)  # of the neurons, active by chance
 
 
 class Training:
@@ -100,15 +103,21 @@ def measure(library, case, x, gate, up, down, tokens=TOKENS):
     del want
     memory, dense_memory = peak_bytes(run), peak_bytes(run_dense)
     twell_ms, dense_ms = medians_ms([run, run_dense], 15)
+    means = sparsity(x, gate)
+    path, predicted_dense_ms, predicted_sparse_ms = choice(library, tokens, gate, means, True)
     row = {
         "case": case,
         "hidden": HIDDEN,
         "neurons": NEURONS,
         "tokens": tokens,
-        **sparsity(x, gate),
+        **means,
         "dense_ms": round(dense_ms, 4),
         "twell_ms": round(twell_ms, 4),
         "ratio": round(dense_ms / twell_ms, 3),
+        "auto_path": path,
+        "auto_ratio": 1 if path == "dense" else round(dense_ms / twell_ms, 3),
+        "predicted_dense_ms": round(predicted_dense_ms, 4),
+        "predicted_sparse_ms": round(predicted_sparse_ms, 4),
         "dense_peak_mb": round(dense_memory / 1e6, 1),
         "twell_peak_mb": round(memory / 1e6, 1),
         "memory_ratio": round(memory / dense_memory, 3),
@@ -130,8 +139,9 @@ def main():
         rows.append(measure(library, f"layer {layer}", x, gate, up, down))
     x, gate = fit(uniform_pattern(29))
     rows.append(measure(library, "29 uniform", x, gate, up, down))
-    x, gate = torch.randn(TRACE_TOKENS, HIDDEN, device="cuda").bfloat16(), up.roll(1, 0)
-    rows.append(measure(library, "50% active", x, gate, up, down))
+    for share in SHARES:
+        x, gate = independent(share)
+        rows.append(measure(library, f"{share:.0%} active", x, gate, up, down))
     write_report(arguments, rows)
 
 

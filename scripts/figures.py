@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import run_figures
@@ -36,6 +37,15 @@ GPU_HEADLINE = [
     ("layer 7", 131072),
     ("layer 5, graph", 1),
     ("50% active", 131072),
+]
+
+# The picture of a GPU: every pattern with many tokens, then few tokens.
+GPU_PICTURE = [
+    *((f"layer {layer}", 131072) for layer in (1, 2, 4, 5, 7)),
+    ("29 uniform", 131072),
+    ("50% active", 131072),
+    *(("layer 5, graph", tokens) for tokens in (1, 4, 16, 32, 64)),
+    ("50% active, graph", 1),
 ]
 
 GPU_TRAINING_HEADLINE = ["layer 1", "layer 4", "layer 5", "layer 7"]
@@ -112,18 +122,78 @@ def machine_line(report: dict) -> str:
     )
 
 
-def gpu_table(rows: list[dict]) -> str:
+def gpu_pattern(row: dict) -> str:
+    return row["case"].replace("layer", "trace, layer").replace(", graph", ", CUDA graph")
+
+
+def milliseconds(name: str):
+    return lambda row: f"{row[name]:.3f} ms"
+
+
+def times(name: str):
+    return lambda row: f"**{row[name]:.2f}×**"
+
+
+# Title and cell of each column.
+Columns = list[tuple[str, Callable[[dict], str]]]
+GPU_COLUMNS: Columns = [
+    ("activation pattern", gpu_pattern),
+    ("tokens", lambda row: f"{row['tokens']:,}"),
+    ("PyTorch dense", milliseconds("dense_ms")),
+    ("twell", milliseconds("twell_ms")),
+    ("speed-up", times("ratio")),
+]
+GPU_MORE_COLUMNS: Columns = [
+    ("strongest dense", milliseconds("dense_strongest_ms")),
+    ("speed-up over it", times("ratio_strongest")),
+    ("auto", lambda row: f"{row['auto_path']}, {row['auto_ratio']:.2f}×"),
+]
+GATE_COLUMNS: Columns = [
+    *GPU_COLUMNS[:2],
+    ("cuBLAS", milliseconds("cublas_ms")),
+    ("gate", milliseconds("gate_ms")),
+    ("cuBLAS / gate", times("ratio")),
+    ("gate_pack", milliseconds("gate_pack_ms")),
+]
+
+
+def gpu_table(rows: list[dict], columns: Columns) -> str:
+    """The first column is words, all others numbers."""
     lines = [
-        "| activation pattern | tokens | PyTorch dense | twell | speed-up |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| " + " | ".join(title for title, _ in columns) + " |",
+        "| --- |" + " ---: |" * (len(columns) - 1),
     ]
-    for row in rows:
-        name = row["case"].replace("layer", "trace, layer").replace(", graph", ", CUDA graph")
-        lines.append(
-            f"| {name} | {row['tokens']:,} | {row['dense_ms']:.3f} ms | {row['twell_ms']:.3f} ms |"
-            f" **{row['ratio']:.2f}×** |"
-        )
+    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def gpu_section(report: dict) -> str:
+    """Every case, its picture, and the gate."""
+    # Files from before these columns and the gate's rows were recorded lack them.
+    more = GPU_MORE_COLUMNS if "auto_path" in report["results"][0] else []
+    text = (
+        f"\n## {report['device']}\n\n{gpu_line(report).replace('](bench/', '](../bench/')}\n\n"
+        f"![Speed-up of one feed-forward block](pictures/{gpu_picture(report)})\n\n"
+    )
+    if more:
+        text += (
+            "The strongest dense form is the fastest of PyTorch's two projections and its"
+            " concatenated one, each as it is and compiled. auto is what the planner chooses by"
+            " itself, told the pattern's means, and its speed-up over PyTorch dense.\n\n"
+        )
+    text += f"{gpu_table(report['results'], GPU_COLUMNS + more)}\n"
+    if "gate" in report:
+        text += (
+            f"\n## {report['device']}, the gate\n\nThe gate's kernel in that forward, and"
+            " gate_pack, which writes its words too, against cuBLAS's product of the same shape;"
+            " medians, by the profiler, in turns, L2 flushed.\n\n"
+            f"{gpu_table(report['gate'], GATE_COLUMNS)}\n"
+        )
+    return text
+
+
+def gpu_picture(report: dict) -> str:
+    return f"ffn-{report['path'].parent.name}.svg"
 
 
 def gpu_line(report: dict) -> str:
@@ -160,7 +230,14 @@ def gpu_training_line(report: dict) -> str:
 JOBS = {"forward": "forward", "eval": "forward and loss", "train": "training step"}
 
 
-def model_table(rows: list[dict]) -> str:
+def model_job(row: dict) -> str:
+    again = ", checkpointing" if row["checkpoint_activations"] else ""
+    return f"{JOBS[row['mode']]}, {row['batch']}×{row['tokens']}{again}"
+
+
+def model_table(rows: list[dict], forms: tuple[str, ...] = ("twell", "auto")) -> str:
+    """A line for each row and each of the forms that it compares with the dense one."""
+
     def per_token(row, form):
         energy = row["energy_mj_per_token"][form]
         return "–" if energy is None else f"{energy:.3f}"
@@ -169,17 +246,16 @@ def model_table(rows: list[dict]) -> str:
         "| layers | job | activity | dense | twell | speed-up | peak memory | mJ per token |",
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in rows:
-        job = JOBS[row["mode"]]
-        job += f", {row['batch']}×{row['tokens']}"
-        job += ", checkpointing" if row["checkpoint_activations"] else ""
+    for row, form in ((row, form) for row in rows for form in forms if f"{form}_ms" in row):
         active = sum(row["active_per_layer"]) / len(row["active_per_layer"])
-        peak = [row["peak_bytes"][form] / 1e9 for form in ("dense", "twell")]
+        peak = [row["peak_bytes"][name] / 1e9 for name in ("dense", form)]
+        ratio = row["dense_ms"] / row[f"{form}_ms"]
+        note = ", auto" if form == "auto" else ""
         lines.append(
-            f"| {row['layers']} | {job} | {row['source']}, {active:.0f} active |"
-            f" {row['dense_ms']:.1f} ms | {row['twell_ms']:.1f} ms | **{row['ratio']:.2f}×** |"
+            f"| {row['layers']} | {model_job(row)}{note} | {row['source']}, {active:.0f} active |"
+            f" {row['dense_ms']:.1f} ms | {row[f'{form}_ms']:.1f} ms | **{ratio:.2f}×** |"
             f" {peak[0]:.1f} → {peak[1]:.1f} GB |"
-            f" {per_token(row, 'dense')} → {per_token(row, 'twell')} |"
+            f" {per_token(row, 'dense')} → {per_token(row, form)} |"
         )
     return "\n".join(lines)
 
@@ -191,27 +267,34 @@ def is_headline(row: dict) -> bool:
 KERNELS = {  # the first that a kernel's name matches
     "feed-forward, twell": "twell::",
     "attention": "cudnn|flash|fmha",
-    "rotary embedding": "64x32_64x16",
+    "rotary embedding": "64x32_64x16|64x64_64x13",
     "other products": "nvjet|gemm",
-    "optimizer": "multi_tensor_apply",
+    "optimizer": "FusedOptimizer|LpNorm|lpnorm",
     "norms": "layer_norm|GammaBeta",
     "softmax and its gradient": "SoftMax|exp_kernel",
     "sums, conversions, elementwise": "",
 }
 
 
-def kernels_table(rows: list[dict]) -> str:
+def kernel_sums(row: dict, form: str) -> dict[str, float]:
     """Milliseconds of a step by kind of kernel."""
+    sums = dict.fromkeys(KERNELS, 0.0)
+    for kernel in row["kernels"][form]:
+        kind = next(kind for kind, name in KERNELS.items() if re.search(name, kernel["name"]))
+        sums[kind] += kernel["ms"]
+    return sums
+
+
+def is_trained(row: dict) -> bool:
+    return row["source"].startswith("checkpoint")
+
+
+def kernels_table(rows: list[dict]) -> str:
     columns = []
     for row in rows:
+        title = model_job(row) + (", trained model" if is_trained(row) else "")
         for form in ("dense", "twell"):
-            sums = dict.fromkeys(KERNELS, 0.0)
-            for kernel in row["kernels"][form]:
-                kind = next(
-                    kind for kind, name in KERNELS.items() if re.search(name, kernel["name"])
-                )
-                sums[kind] += kernel["ms"]
-            columns.append((f"{JOBS[row['mode']]}, {row['batch']}×{row['tokens']}, {form}", sums))
+            columns.append((f"{title}, {form}", kernel_sums(row, form)))
     lines = [
         "| ms | " + " | ".join(title for title, _ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -219,6 +302,35 @@ def kernels_table(rows: list[dict]) -> str:
     for kind in KERNELS:
         lines.append(f"| {kind} | " + " | ".join(f"{sums[kind]:.1f}" for _, sums in columns) + " |")
     return "\n".join(lines)
+
+
+def beyond_the_blocks(row: dict) -> str:
+    """What bounds the speed-up of a training step: all that is not feed-forward."""
+    sums = kernel_sums(row, "twell")
+    total, dense = sum(sums.values()), sum(kernel_sums(row, "dense").values())
+    rest = total - sums["feed-forward, twell"]
+    # Multiply-adds of a token outside the blocks: queries and outputs, keys and values, logits.
+    groups = row["kv_heads"] / row["heads"]
+    projections = row["layers"] * 2 * (1 + groups) * row["hidden"] ** 2
+    products = projections + row["vocabulary"] * row["hidden"]
+    flops = 6 * products * row["batch"] * row["tokens"]  # forward and twice as many back
+    adamw = sum(
+        kernel["ms"] for kernel in row["kernels"]["twell"] if "FusedOptimizer" in kernel["name"]
+    )
+    # A weight, its gradient and two moments are read, three of them are written, all float32.
+    bandwidth = 28 * row["parameters"] / adamw
+    passes = rest - sums["other products"] - sums["attention"]
+    return (
+        f"Why a training step gains {row['ratio']:.2f}× and not 1.5×: all but the blocks takes"
+        f" {rest:.0f} of the {total:.0f} ms, so that even blocks that cost nothing would give"
+        f" {dense / rest:.2f}×. Of the {rest:.0f} ms, the other products take"
+        f" {sums['other products']:.0f}, at {flops / sums['other products'] / 1e9:.0f} TFLOP/s, and"
+        f" attention {sums['attention']:.0f}, in cuDNN's flash kernels. The last {passes:.0f} are"
+        f" bound by memory, among them {adamw:.0f} of AdamW (28 bytes per parameter, at"
+        f" {bandwidth / 1e9:.1f} TB/s) and {sums['softmax and its gradient']:.0f} of the softmax"
+        f" over {row['vocabulary']:,} words and its gradient. The dense step has them too: if they"
+        f" all took no time, the gain would be {(dense - passes) / (total - passes):.2f}×."
+    )
 
 
 def model_line(report: dict) -> str:
@@ -236,35 +348,53 @@ def headline_rows(report: dict) -> list[dict]:
     return [found[key] for key in HEADLINE if key in found]
 
 
-def draw_speedup(report: dict) -> str:
-    rows = headline_rows(report)
-    figure, axes = new_figure(7.6, 0.55 * len(rows) + 0.75)
-    for place, row in enumerate(rows):
-        axes.barh(-place, row["ratio"], height=0.62, color=STAND_INS["twell"])
+def bar_name(pattern: str, job: str, row: dict) -> str:
+    if "active_mean" in row and "active" not in pattern:
+        pattern += f" · {100 * row['active_mean'] / row['neurons']:.1f}% active"
+    return f"{pattern} · {job}"
+
+
+def draw_speedup(bars: list[tuple[str, float]], title: str) -> str:
+    """A bar for each name and ratio to PyTorch's dense block."""
+    figure, axes = new_figure(7.6, 0.55 * len(bars) + 0.75)
+    for place, (_, ratio) in enumerate(bars):
+        axes.barh(-place, ratio, height=0.62, color=STAND_INS["twell"])
         axes.text(
-            max(1, row["ratio"]) + 0.05,  # clear of the bar and of the dashed line
+            max(1, ratio) + 0.05,  # clear of the bar and of the dashed line
             -place,
-            f"{row['ratio']:.2f}×",
+            f"{ratio:.2f}×",
             va="center",
             color=STAND_INS["ink"],
             fontsize=10.5,
             fontweight="bold",
         )
     axes.axvline(1, color=STAND_INS["dense"], lw=1.4, ls=(0, (4, 3)))
-    names = []
-    for row in rows:
-        share = f" · {100 * row['active_mean'] / row['neurons']:.1f}% active"
-        names.append(
-            pattern(row) + (share if "active" not in pattern(row) else "") + f" · {job(row)}"
-        )
-    axes.set_yticks([-place for place in range(len(rows))], names)
+    axes.set_yticks([-place for place in range(len(bars))], [name for name, _ in bars])
     axes.tick_params(axis="y", labelcolor=STAND_INS["ink"])
     axes.grid(visible=False)
-    axes.set_xlim(0, 1.12 * max(1, *(row["ratio"] for row in rows)))
+    axes.set_xlim(0, 1.12 * max(1, *(ratio for _, ratio in bars)))
     axes.set_xticks([1], ["PyTorch's dense FFN"])
     axes.spines["bottom"].set_visible(False)
     label(axes, y="speed-up of one feed-forward block")
-    return standalone(figure, "Speed-up of one feed-forward block over PyTorch's dense one")
+    return standalone(figure, title)
+
+
+def draw_cpu(report: dict) -> str:
+    bars = [(bar_name(pattern(row), job(row), row), row["ratio"]) for row in headline_rows(report)]
+    return draw_speedup(bars, "Speed-up of one feed-forward block over PyTorch's dense one")
+
+
+def draw_gpu(report: dict) -> str:
+    rows = {(row["case"], row["tokens"]): row for row in report["results"]}
+    bars = []
+    for row in (rows[key] for key in GPU_PICTURE if key in rows):
+        name = gpu_pattern(row).removesuffix(", CUDA graph")
+        tokens = "1 token" if row["tokens"] == 1 else f"{row['tokens']:,} tokens"
+        bars.append((bar_name(name, tokens, row), row["ratio"]))
+    return draw_speedup(
+        bars,
+        f"Speed-up of one feed-forward block over PyTorch's dense one on an {report['device']}",
+    )
 
 
 def readme_block(all_reports: list[dict]) -> str:
@@ -278,13 +408,13 @@ def readme_block(all_reports: list[dict]) -> str:
     ]
     for gpu in gpu_reports():
         rows = [row for row in gpu["results"] if (row["case"], row["tokens"]) in GPU_HEADLINE]
-        parts += [gpu_table(rows), gpu_line(gpu)]
+        parts += [gpu_table(rows, GPU_COLUMNS), gpu_line(gpu)]
     for gpu in gpu_training_reports():
         rows = [row for row in gpu["results"] if row["case"] in GPU_TRAINING_HEADLINE]
         parts += [gpu_training_table(rows), gpu_training_line(gpu)]
     for report in model_reports():
         rows = [row for row in report["results"] if is_headline(row)]
-        parts += [model_table(rows), model_line(report).replace("](../", "](")]
+        parts += [model_table(rows, ("twell",)), model_line(report).replace("](../", "](")]
     parts.append("[All cases](docs/benchmarks.md), the slower ones too.")
     return f"{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}"
 
@@ -302,8 +432,7 @@ def benchmarks_page(all_reports: list[dict]) -> str:
             f"{table(report['results'])}\n"
         )
     for gpu in gpu_reports():
-        line = gpu_line(gpu).replace("](bench/", "](../bench/")
-        parts.append(f"\n## {gpu['device']}\n\n{line}\n\n{gpu_table(gpu['results'])}\n")
+        parts.append(gpu_section(gpu))
     for gpu in gpu_training_reports():
         line = gpu_training_line(gpu).replace("](bench/", "](../bench/")
         parts.append(
@@ -323,6 +452,9 @@ def benchmarks_page(all_reports: list[dict]) -> str:
             f" --kernels`. A dense block's kernels are among the other products and the elementwise"
             f" ones. Data: [{file}](../{file}).\n\n{kernels_table(report['results'])}\n"
         )
+        for row in report["results"]:
+            if row["mode"] == "train" and not row["checkpoint_activations"] and not is_trained(row):
+                parts.append(f"\n{beyond_the_blocks(row)}\n")
     return "".join(parts)
 
 
@@ -349,7 +481,8 @@ def outputs() -> dict[Path, str]:
     }
     pictures = ROOT / "docs/pictures"
     if all_reports:
-        texts[pictures / "ffn-cpu.svg"] = draw_speedup(all_reports[0])
+        texts[pictures / "ffn-cpu.svg"] = draw_cpu(all_reports[0])
+    texts |= {pictures / gpu_picture(gpu): draw_gpu(gpu) for gpu in gpu_reports()}
     for run in runs[:1]:
         texts |= {pictures / f"{name}.svg": d(run) for name, d in run_figures.PICTURES.items()}
     return texts

@@ -52,6 +52,20 @@ def draw_active(report: dict) -> str:
     return standalone(figure, TEXTS["run-active"])
 
 
+def draw_silent(report: dict) -> str:
+    figure, axes = new_figure()
+    for leg, colour in COLOURS.items():
+        run = report[leg]
+        neurons = report["settings"]["layers"] * report["settings"]["neurons"]
+        share = [100 * sum(layers) / neurons for layers in run["curves"]["silent_per_layer"]]
+        axes.plot(minutes(run), share, color=colour, lw=1.8, label=NAMES[leg])
+    axes.margins(x=0)
+    axes.set_ylim(bottom=0)
+    label(axes, "minutes of training", "% of neurons that did not fire")
+    legend(axes, loc="lower right")
+    return standalone(figure, TEXTS["run-silent"])
+
+
 def draw_speed(report: dict) -> str:
     figure, axes = new_figure()
     for leg, colour in COLOURS.items():
@@ -65,10 +79,16 @@ def draw_speed(report: dict) -> str:
     return standalone(figure, TEXTS["run-speed"])
 
 
-PICTURES = {"run-loss": draw_loss, "run-active": draw_active, "run-speed": draw_speed}
+PICTURES = {
+    "run-loss": draw_loss,
+    "run-active": draw_active,
+    "run-silent": draw_silent,
+    "run-speed": draw_speed,
+}
 TEXTS = {
     "run-loss": "Loss over wall time, dense and sparse",
     "run-active": "Active neurons per layer over time",
+    "run-silent": "Neurons that no token fires over time, dense and sparse",
     "run-speed": "Training speed over time, dense and sparse",
 }
 
@@ -120,7 +140,10 @@ def section(report: dict, file: str) -> str:
             f" held-out loss: {when}.",
             "\n".join(table),
             "\n".join(f"![{text}](pictures/{name}.svg)" for name, text in TEXTS.items()),
-            f"Time is that of steps: no evaluation, no checkpoint. PyTorch {machine['torch']},"
+            "A neuron counts as silent that did not fire since the line before, ten steps at most."
+            " Time is that of steps: no evaluation, no checkpoint. Both runs are a little slower"
+            " than `twell bench model`, as attention's backward is the deterministic one, and count"
+            f" active neurons in every step. PyTorch {machine['torch']},"
             f" driver {machine['driver']}, commit {machine['commit']}. Data: [{file}](../{file});"
             " `bench/train_run.py` takes it.",
         ]

@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(twell, library) {
       "Tensor down, Tensor saved) -> "
       "(Tensor grad_x, Tensor grad_gate, Tensor grad_up, Tensor grad_down)");
   library.def(
+      "ffn_backward_accumulate(Tensor grad_y, Tensor? grad_l1, Tensor x, Tensor? gate, Tensor up, "
+      "Tensor down, Tensor saved, Tensor(a!)? grad_gate, Tensor(b!)? grad_up, "
+      "Tensor(c!)? grad_down) -> Tensor grad_x");
+  library.def(
       "ffn_plan(str kind, ScalarType dtype, int tokens, int hidden, int neurons, str path, "
       "bool training, float expected_active, float expected_union, str device) -> str");
   library.def("gate_pack(Tensor x, Tensor gate, int slots) -> (Tensor words, Tensor overflow)");
@@ -23,6 +27,7 @@ STABLE_TORCH_LIBRARY(twell, library) {
 void implement_on_any_device(torch::stable::detail::StableLibrary& library) {
   library.impl("ffn_forward", TORCH_BOX(&twell::ops::ffn_forward));
   library.impl("ffn_backward", TORCH_BOX(&twell::ops::ffn_backward));
+  library.impl("ffn_backward_accumulate", TORCH_BOX(&twell::ops::ffn_backward_accumulate));
   library.impl("gate_pack", TORCH_BOX(&twell::ops::gate_pack));
 }
 

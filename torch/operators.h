@@ -29,6 +29,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ffn_backward(
     const Tensor& grad_y, const std::optional<Tensor>& grad_l1, const Tensor& x,
     const std::optional<Tensor>& gate, const Tensor& up, const Tensor& down, const Tensor& saved);
 
+// The same, but the gradients of the weights are added to grad_gate, grad_up and grad_down
+// [N, K], of x's dtype, with one rounding; none: not wanted. Returns that of x. Autograd does not
+// note the change: the three are part of no graph.
+Tensor ffn_backward_accumulate(const Tensor& grad_y, const std::optional<Tensor>& grad_l1,
+                               const Tensor& x, const std::optional<Tensor>& gate, const Tensor& up,
+                               const Tensor& down, const Tensor& saved,
+                               const std::optional<Tensor>& grad_gate,
+                               const std::optional<Tensor>& grad_up,
+                               const std::optional<Tensor>& grad_down);
+
 // The plan of twell/ffn.h as a JSON object. kind: gated or plain; path: auto, dense or twell (as
 // the plan's own); expected_active and expected_union: negative if unknown; device: cpu, cuda or
 // cuda:N.

@@ -1,5 +1,7 @@
 #include <charconv>
+#include <optional>
 #include <sstream>
+#include <string_view>
 
 #include "check.h"
 #include "device.h"
@@ -22,20 +24,42 @@ FfnPath require_path(const std::string& path) {
   refuse("path", "is '" + path + "'; it must be auto, dense or twell");
 }
 
-torch::stable::Device require_device(const std::string& device) {
+// The whole of `text` as a number that is not negative.
+std::optional<int> number(std::string_view text) {
+  int value = -1;
+  const char* end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, value);
+  if (error != std::errc() || rest != end || value < 0) return std::nullopt;
+  return value;
+}
+
+// sm_90x132 is a GPU of compute capability 9.0 with 132 multiprocessors.
+std::optional<Device> described_gpu(std::string_view text) {
+  const std::string_view prefix = "sm_";
+  const std::size_t cross = text.find('x');
+  if (!text.starts_with(prefix) || cross == text.npos) return std::nullopt;
+  const auto capability = number(text.substr(prefix.size(), cross - prefix.size()));
+  const auto multiprocessors = number(text.substr(cross + 1));
+  if (!capability || !multiprocessors || *multiprocessors == 0) return std::nullopt;
+  Device device;
+  device.type = twell::DeviceType::kCuda;
+  device.compute_capability = *capability;
+  device.multiprocessors = *multiprocessors;
+  return device;
+}
+
+Device require_device(const std::string& device) {
   using torch::headeronly::DeviceType;
-  if (device == "cpu") return torch::stable::Device(DeviceType::CPU);
-  if (device == "cuda") return torch::stable::Device(DeviceType::CUDA);
-  const std::string prefix = "cuda:";
-  int ordinal = -1;
-  if (device.starts_with(prefix)) {
-    const char* end = device.data() + device.size();
-    const auto [rest, error] = std::from_chars(device.data() + prefix.size(), end, ordinal);
-    if (error == std::errc() && rest == end && ordinal >= 0) {
-      return torch::stable::Device(DeviceType::CUDA, ordinal);
+  if (device == "cpu") return describe(torch::stable::Device(DeviceType::CPU));
+  if (device == "cuda") return describe(torch::stable::Device(DeviceType::CUDA));
+  const std::string_view prefix = "cuda:", text = device;
+  if (text.starts_with(prefix)) {
+    if (const auto ordinal = number(text.substr(prefix.size()))) {
+      return describe(torch::stable::Device(DeviceType::CUDA, *ordinal));
     }
   }
-  refuse("device", "is '" + device + "'; it must be cpu, cuda or cuda:N");
+  if (const auto gpu = described_gpu(text)) return *gpu;
+  refuse("device", "is '" + device + "'; it must be cpu, cuda, cuda:N or like sm_90x132");
 }
 
 std::string to_json(const FfnPlan& plan) {
@@ -66,7 +90,7 @@ std::string ffn_plan(const std::string& kind, ScalarType dtype, std::int64_t tok
   const FfnProblem problem{require_kind(kind), require_core_dtype("the block", dtype), tokens,
                            hidden, neurons};
   const PlanOptions options{require_path(path), training, expected_active, expected_union};
-  return to_json(require(plan_ffn(problem, describe(require_device(device)), options)));
+  return to_json(require(plan_ffn(problem, require_device(device), options)));
 }
 
 }  // namespace twell::ops

@@ -41,8 +41,8 @@ struct BenchModelFlags {
   std::int64_t layers = 8;
   std::int64_t hidden = 2048;
   std::int64_t neurons = 5632;
-  std::int64_t heads = 16;
-  std::int64_t kv_heads = 16;
+  std::int64_t heads = 32;
+  std::int64_t kv_heads = 32;
   std::int64_t vocabulary = 49152;
 
   std::vector<std::string> forms{"dense", "twell"};

@@ -54,9 +54,9 @@ struct ReluFfn : torch::autograd::Function<ReluFfn> {
           call_forward(x, {gate, up, down}, save, counts != FfnCounts::kNone);
       if (save) ctx->save_for_backward({x, gate, up, down, saved});
     } else {
-      const Tensor g = torch::mm(x, gate.t());  // [tokens, neurons], relu'd by gated_relu
-      const Tensor u = torch::mm(x, up.t());    // [tokens, neurons]
-      GatedRelu middle = gated_relu(g, u, counts);
+      const Tensor g = gate_product(x, gate);  // [tokens, neurons]
+      const Tensor u = torch::mm(x, up.t());   // [tokens, neurons]
+      GatedRelu middle = gated_relu(g, u, counts, save);
       y = torch::mm(middle.h, down);
       l1 = middle.l1;
       l0 = middle.l0;

@@ -72,7 +72,7 @@ struct FfnChooser {
   int64_t calls = 0;
   FfnDensity density;
   Readback measured;    // not yet part of `density`
-  bool sparse = false;  // the last choice, kept as long as it is not predicted to lose
+  bool sparse = false;  // the last choice, kept as long as the planner would choose it
 
   // Measures now and then, in FfnMode::kAuto.
   void observe(const torch::Tensor& x, const FfnWeights& weights, FfnMode mode);

@@ -80,18 +80,28 @@ uint16_t* mutable_bits(Tensor& t) { return static_cast<uint16_t*>(t.mutable_data
 
 }  // namespace
 
-GatedRelu gated_relu(const Tensor& gate, const Tensor& up, FfnCounts counts) {
+Tensor gate_product(const Tensor& x, const Tensor& gate) {
+  if (has_fast_path(x)) return torch::mm(x, gate.t());
+  // The product with a relu in its epilogue is that with a bias.
+  return torch::_addmm_activation(torch::zeros({gate.size(0)}, x.options()), x, gate.t());
+}
+
+GatedRelu gated_relu(const Tensor& gate, const Tensor& up, FfnCounts counts, bool keep_gate) {
   const int64_t tokens = gate.size(0);
   const int64_t neurons = gate.size(1);
   if (!has_fast_path(gate)) {
-    GatedRelu out;
-    out.h = torch::relu(gate).mul_(up);
-    if (counts == FfnCounts::kNone) return out;
     const auto wide = gate.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
-    out.l1 = torch::linalg_vector_norm(out.h, 1, std::nullopt, false, wide);
-    if (counts == FfnCounts::kL1) return out;
-    out.activity = gate.le(0).logical_not().sum(0, false, torch::kInt32);
-    out.l0 = out.activity.sum(torch::kInt64);
+    GatedRelu out;
+    if (counts == FfnCounts::kAll) {
+      // How many are not 0, counted in one pass; exact up to 2^24 tokens.
+      const Tensor active = torch::linalg_vector_norm(gate, 0, at::IntArrayRef{0}, false, wide);
+      out.activity = active.to(torch::kInt32);
+      out.l0 = out.activity.sum(torch::kInt64);
+    }
+    out.h = keep_gate ? gate * up : gate.mul_(up);
+    if (counts != FfnCounts::kNone) {
+      out.l1 = torch::linalg_vector_norm(out.h, 1, std::nullopt, false, wide);
+    }
     return out;
   }
   GatedRelu out;  // here all counts are made on the way
@@ -132,7 +142,7 @@ GatedReluGradients gated_relu_backward(const Tensor& grad_h, const Tensor& grad_
       torch::_foreach_mul_({sign}, grad_l1.to(sign.scalar_type()));
       s = sign.add_(grad_h);
     }
-    return {torch::threshold_backward(s * up, gate, 0), torch::relu(gate).mul_(s)};
+    return {torch::threshold_backward(s * up, gate, 0), gate * s};
   }
   GatedReluGradients out{torch::empty_like(gate), torch::empty_like(up)};
   uint16_t* const grad_g = mutable_bits(out.gate);

@@ -379,11 +379,14 @@ Tensor Llama::attention(int layer, const Tensor& x, const Rotation& rotation, Kv
   return attend(q, k, v, visible).transpose(1, 2).reshape({batch, length, -1});
 }
 
-// One product with the sum inside, as a sum of its own is a pass over memory.
+// One product with the sum inside, as a sum of its own is a pass over memory. So is the copy of x
+// that addmm begins with: without autograd, to which x may belong, the sum takes the memory of x.
 Tensor Llama::add_attention_output(int layer, const Tensor& x, const Tensor& mixed) const {
   const std::string base = layer_name(layer, "self_attn.o_proj.");
-  const Tensor sum = torch::addmm(x.reshape({-1, x.size(-1)}), mixed.reshape({-1, mixed.size(-1)}),
-                                  weight(base + "weight").t());
+  const Tensor rows = x.reshape({-1, x.size(-1)}), heads = mixed.reshape({-1, mixed.size(-1)});
+  const Tensor projection = weight(base + "weight").t();
+  const Tensor sum = torch::GradMode::is_enabled() ? torch::addmm(rows, heads, projection)
+                                                   : rows.addmm_(heads, projection);
   return (config_.o_bias() ? sum + weight(base + "bias") : sum).view_as(x);
 }
 

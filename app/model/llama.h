@@ -100,11 +100,13 @@ class Llama {
   // x [batch, length, hidden] → the heads' outputs side by side.
   torch::Tensor attention(int layer, const torch::Tensor& x, const Rotation& rotation,
                           KvCache* cache);
+  // x plus the product of the heads' outputs. Without gradients it may take the memory of x.
   torch::Tensor add_attention_output(int layer, const torch::Tensor& x,
                                      const torch::Tensor& mixed) const;
   // `path`, if given, is what the FFN must run; otherwise the layer's chooser decides.
   torch::Tensor feed_forward(int layer, const torch::Tensor& x, const ForwardOptions& options,
                              std::optional<FfnPath> path);
+  // Without gradients it may overwrite x, which nobody else must hold.
   torch::Tensor block(int layer, torch::Tensor x, const Rotation& rotation,
                       const ForwardOptions& options, std::optional<FfnPath> path = std::nullopt);
   torch::Tensor recomputed_block(int layer, const torch::Tensor& x, const Rotation& rotation,

@@ -1,5 +1,6 @@
 #include "app/train/trainer.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -165,7 +166,8 @@ struct Window {
   std::vector<Tensor> activity;  // per layer [neurons] int64
   std::vector<int64_t> revived;  // per layer
   int64_t steps = 0, tokens = 0;
-  double seconds = 0;  // spent in the steps
+  double seconds = 0;        // spent in the steps
+  int64_t ended_before = 0;  // the last step that had ended when the window began
 };
 
 // A line of metrics that lacks what is still on its way from the device: the window's figures,
@@ -190,7 +192,7 @@ class Trainer {
   void queue_step();
   std::vector<double> figures_of(const Readback& figures, int64_t step) const;
   void wait();  // for the last step
-  void add_step_seconds(Clock::time_point start);
+  void add_step_seconds(Clock::time_point start, int64_t ended);
   void log(bool evaluate_heldout);
   void write_line();
   std::string progress_text() const;
@@ -216,6 +218,8 @@ class Trainer {
   BatchSampler sampler_;
   Metrics metrics_;
   Window window_;
+  int64_t ended_;               // the last step known to have ended: a GPU is behind the host
+  double rate_ = 0;             // tokens per second, of the window's steps that ended
   Readback figures_;            // of the step before
   std::vector<double> landed_;  // of the one before that
   std::optional<Line> line_;    // to be written
@@ -283,6 +287,7 @@ Trainer::Trainer(const TrainRun& run)
     write_tokenizer(folder_, tokenizer_, o.tokenizer, eos_, o.context);
     save();
   }
+  window_.ended_before = ended_ = state_.step;
   progress_ = progress();
 }
 
@@ -331,7 +336,7 @@ void Trainer::step() {
   queue_step();  // sets figures_
   // Only now, with work for the device in the queue, the host waits for the step before.
   if (before.defined()) landed_ = figures_of(before, state_.step - 1);
-  add_step_seconds(start);
+  add_step_seconds(start, figures_.ready() ? state_.step : state_.step - 1);
   write_line();
   state_.seconds = seconds();
   progress_ = progress();
@@ -341,13 +346,19 @@ void Trainer::step() {
 void Trainer::wait() {
   const Clock::time_point start = Clock::now();
   if (figures_.defined()) figures_of(figures_, state_.step);
-  add_step_seconds(start);
+  add_step_seconds(start, state_.step);
 }
 
-void Trainer::add_step_seconds(Clock::time_point start) {
+// Adds the time since `start`, after which the steps up to `ended` had ended.
+void Trainer::add_step_seconds(Clock::time_point start, int64_t ended) {
   const double spent = std::chrono::duration<double>(Clock::now() - start).count();
   window_.seconds += spent;
   state_.step_seconds += spent;
+  ended_ = std::max(ended_, ended);
+  if (ended_ == window_.ended_before) return;  // the window before tells best
+  const TrainOptions& o = state_.options;
+  const int64_t tokens = (ended_ - window_.ended_before) * o.batch * o.context * o.accumulate;
+  rate_ = static_cast<double>(tokens) / window_.seconds;
 }
 
 // The figures of a step, once they are there; Error if its gradient is not finite.
@@ -454,10 +465,11 @@ void Trainer::log(bool with_heldout) {
                  {"lr", o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor)},
                  {"gradient_norm", nullptr},
                  {"tokens", state_.step * o.batch * o.context * o.accumulate},
-                 {"tokens_per_second", static_cast<double>(window_.tokens) / window_.seconds},
+                 {"tokens_per_second", rate_},
                  {"step_seconds", state_.step_seconds},
                  {"seconds", state_.seconds}};
   window_ = Window();
+  window_.ended_before = ended_;
   if (with_heldout) line_->json["heldout_loss"] = evaluate_heldout(o.eval_tokens).loss;
 }
 
@@ -500,7 +512,7 @@ std::string Trainer::progress_text() const {
       100 * state_.controller.active / static_cast<double>(model_.config().intermediate_size);
   std::snprintf(text, sizeof text, "step %lld, loss %.3f, active %.1f (%.1f%%), %.0f tokens/s",
                 static_cast<long long>(state_.step), landed_[kLoss], state_.controller.active,
-                share, static_cast<double>(window_.tokens) / window_.seconds);
+                share, rate_);
   return text;
 }
 

@@ -27,6 +27,8 @@ Readback::Readback(const torch::Tensor& values) {
 Readback::Readback(const std::vector<double>& values)
     : host_(torch::tensor(values, torch::kFloat64)) {}
 
+bool Readback::ready() const { return !done_ || done_->query(); }
+
 std::vector<double> Readback::values() const {
   if (done_) done_->synchronize();
   const auto* first = host_.const_data_ptr<double>();

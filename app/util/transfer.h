@@ -25,6 +25,7 @@ class Readback {
   explicit Readback(const std::vector<double>& values);
 
   bool defined() const { return host_.defined(); }
+  bool ready() const;  // whether values() would not wait
   // Waits for the copy. Only if defined().
   std::vector<double> values() const;
 

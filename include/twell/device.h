@@ -40,8 +40,8 @@ CpuIsa detect_cpu_isa();
 // This machine's CPU with `threads` threads (> 0).
 Device cpu_device(int threads);
 
-// CUDA device `ordinal`; kUnsupported, by name, if twell was built without CUDA, if there is no
-// such device, or if it is older than sm_80.
+// CUDA device `ordinal`; kUnsupported, by name, if twell was built without CUDA or if there is no
+// such device. One older than sm_80 runs no kernel of twell's: plans for it are dense or refused.
 Result<Device> cuda_device(int ordinal);
 
 }  // namespace twell

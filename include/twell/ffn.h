@@ -124,7 +124,10 @@ struct FfnBackwardArgs {
   void* grad_gate = nullptr;      // [neurons, hidden]
   void* grad_up = nullptr;        // [neurons, hidden]
   void* grad_down = nullptr;      // [neurons, hidden]
-  void* workspace = nullptr;      // plan.backward_workspace_bytes, 64-byte aligned
+  // grad_gate, grad_up and grad_down += instead of =, for a batch that comes in parts: what they
+  // hold is added to the sums before these are rounded. grad_x is written all the same.
+  bool accumulate = false;
+  void* workspace = nullptr;  // plan.backward_workspace_bytes, 64-byte aligned
   void* stream = nullptr;
 };
 

@@ -46,7 +46,8 @@ class HuggingFaceFFN(GatedFFN):
         self.gate_proj.weight = mlp.gate_proj.weight
         self.up_proj.weight = mlp.up_proj.weight
         self.down_proj.weight = _transposed(mlp.down_proj.weight)
-        self.mean_active = torch.full((), -1.0, device=weight.device)
+        for mean in ("mean_active", "mean_union"):
+            setattr(self, mean, torch.full((), -1.0, device=weight.device))
         self.train(mlp.training)
 
     def original(self) -> nn.Module:

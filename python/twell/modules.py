@@ -7,19 +7,35 @@ import torch
 from torch import Tensor, nn
 
 from twell import functional
-from twell.planning import faster_path, plan
+from twell.planning import path_ranges, plan
 
 Path = Literal["auto", "dense", "twell"]
 
-# With path="auto" the planner is asked at the largest of these that is no more than the number of
-# tokens, so that few ranges of tokens, and not every length, need a compiled graph of their own.
-_PLANNED_TOKENS = (4096, 512, 64, 8, 1)
+# With path="auto" the density is measured after 1, 2, 4, … calls and then after every so many. A
+# measurement counts from half as many calls later on: by then it has long reached the host, so that
+# nothing waits for the device, and the choice depends on no timing.
+_CALLS_BETWEEN_MEASUREMENTS = 16
 
-# Weight of the newest call in the running mean of active neurons.
-_MOMENTUM = 0.1
+# Weight of the newest measurement in the running means.
+_MOMENTUM = 0.5
 
-# With path="auto" the running mean is read after 1, 2, 4, … calls and then after every so many.
-_CALLS_BETWEEN_READS = 1024
+# Tokens that share a union.
+_TILE = 128
+
+
+class _Readback:
+    """Numbers on their way from the device to the host; nobody waits for them until values()."""
+
+    def __init__(self, numbers: Tensor):
+        on_gpu = numbers.is_cuda
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
+        self._host.copy_(numbers, non_blocking=True)
+        self._arrived = torch.cuda.current_stream(numbers.device).record_event() if on_gpu else None
+
+    def values(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
 
 
 class _Projection(nn.Module):
@@ -58,9 +74,10 @@ class FFN(nn.Module):
         hidden: width of x and y, a positive multiple of 8.
         neurons: width of the block, a positive multiple of 8, at most 65,536.
         path: "twell" runs the sparse kernels, "dense" PyTorch's dense products, "auto" what the
-            planner predicts to be faster from a running mean of the active neurons. The mean stays
-            on the device: it is read after 1, 2, 4, … 1024 calls and then after every 1024, and in
-            a compiled module or a CUDA graph only by ``replan()``.
+            planner predicts to be faster for the density that was measured, at first for all
+            neurons active. It is measured on the device after 1, 2, 4, 8, 16 calls and then every
+            16, and read some calls later, so that nothing waits. A compiled module and a CUDA graph
+            measure in every call and read only in ``replan()``.
         device, dtype: of the weights; bfloat16, float32 or float64.
 
     Attributes:
@@ -71,6 +88,8 @@ class FFN(nn.Module):
             with ``use_reentrant=False``).
         mean_active: the running mean of active neurons per token (a buffer, not saved); negative
             if unknown. Only kept with path="auto".
+        mean_union: likewise, of neurons active in a tile of 128 tokens, estimated from the share of
+            at least 128 tokens for which each neuron was active, as if these were independent.
 
     Raises:
         RuntimeError: hidden, neurons or dtype is not supported; the message names it.
@@ -100,8 +119,9 @@ class FFN(nn.Module):
             self.gate_proj = _Projection(neurons, hidden, **factory)
         self.up_proj = _Projection(neurons, hidden, **factory)
         self.down_proj = _DownProjection(neurons, hidden, **factory)
-        mean_active = torch.empty((), dtype=torch.float32, device=device)
-        self.register_buffer("mean_active", mean_active, persistent=False)
+        for name in ("mean_active", "mean_union"):
+            mean = torch.empty((), dtype=torch.float32, device=device)
+            self.register_buffer(name, mean, persistent=False)
         self._forget()
         self.reset_parameters()
 
@@ -119,35 +139,45 @@ class FFN(nn.Module):
             fan_in = self.neurons if name == "down_proj" else self.hidden
             nn.init.uniform_(projection.weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         nn.init.constant_(self.mean_active, -1.0)
+        nn.init.constant_(self.mean_union, -1.0)
         self._calls = 0
-        self._expected_active = -1
+        self._measured: _Readback | None = None
+        self._expect(self.neurons, self.neurons)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] → y [..., hidden]."""
         tokens = x.numel() // self.hidden
+        in_graph = torch.compiler.is_compiling() or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        # Inside a backward pass a checkpoint recomputes, on the path that its forward took.
+        observes = self.path == "auto" and tokens > 0 and (in_graph or not _in_backward())
+        if observes and not in_graph:
+            self._take_measurement()
         path = self._faster_path(x, tokens) if self.path == "auto" else self.path
         out = self._run(x, path)
         self.l0, self.l1, self.activity = out.l0, out.l1, out.activity
-        if self.path == "auto" and tokens > 0:
-            self._observe(out.l0.detach() / tokens)
+        if observes and (in_graph or self._is_due()):
+            self._measure(out, tokens)
+            if not in_graph:
+                self._measured = _Readback(torch.stack((self.mean_active, self.mean_union)))
         return out.y
 
     def replan(self) -> None:
-        """Reads the running mean (which waits for the device) and plans with it from now on.
+        """Reads the density (which waits for the device) and plans with it from now on.
 
         Only of use with path="auto" in a compiled module or a CUDA graph; else it happens by
-        itself. A compiled module is compiled again if the mean has changed by more than √2.
+        itself. A compiled module is compiled again if the density has changed by a fifth.
         """
-        mean = self.mean_active.item()
-        # In steps of √2: a small change is no reason to plan, or to compile, again.
-        self._expected_active = -1 if mean < 0 else round(2 ** (round(2 * math.log2(mean + 1)) / 2))
+        self._measured = None
+        self._expect(self.mean_active.item(), self.mean_union.item())
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, neurons={self.neurons}, path={self.path!r}"
 
     def __getstate__(self):
         # Copies and pickles leave behind the last call: it belongs to a graph.
-        return {**self.__dict__, "l0": None, "l1": None, "activity": None}
+        return {**self.__dict__, "l0": None, "l1": None, "activity": None, "_measured": None}
 
     def _run(self, x: Tensor, path: functional.Path) -> functional.FfnOutput:
         return functional.ffn(x, self.up, self.down, path)
@@ -158,29 +188,59 @@ class FFN(nn.Module):
         self.activity: Tensor | None = None
 
     def _faster_path(self, x: Tensor, tokens: int) -> functional.Path:
-        planned_tokens = next((t for t in _PLANNED_TOKENS if t <= tokens), 1)
-        training = torch.is_grad_enabled()
-        return faster_path(
+        ranges = path_ranges(
             self.kind,
             self.hidden,
             self.neurons,
-            planned_tokens,
             self.up.dtype,
-            training,
-            self._expected_active,
+            torch.is_grad_enabled(),
+            *self._expected,
             x.device,
         )
+        return next(path for first, path in ranges if tokens >= first)
+
+    def _expect(self, active: float, union: float) -> None:
+        """Plans with these active neurons per token and per tile from now on; negative: unknown."""
+        self._expected = tuple(
+            None if mean < 0 else min(_in_steps(mean), self.neurons) for mean in (active, union)
+        )
+
+    def _interval(self) -> int:
+        """Calls from one measurement to the next."""
+        return min(1 << max(0, self._calls.bit_length() - 1), _CALLS_BETWEEN_MEASUREMENTS)
+
+    def _is_due(self) -> bool:
+        """Counts a call; whether to measure it."""
+        self._calls += 1
+        return self._calls % self._interval() == 0
 
     @torch.no_grad()
-    def _observe(self, active: Tensor) -> None:
-        known = torch.lerp(self.mean_active, active.to(torch.float32), _MOMENTUM)
-        self.mean_active.copy_(torch.where(self.mean_active < 0, active, known))
-        if torch.compiler.is_compiling():
-            return
-        self._calls += 1
-        due = self._calls & (self._calls - 1) == 0 or self._calls % _CALLS_BETWEEN_READS == 0
-        if due and not (active.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.replan()
+    def _measure(self, out: functional.FfnOutput, tokens: int) -> None:
+        _move(self.mean_active, out.l0 / tokens)
+        if tokens >= _TILE:  # of fewer no neuron's share is known well enough
+            silent = (1 - out.activity / tokens) ** _TILE  # [neurons], in a whole tile
+            _move(self.mean_union, self.neurons - silent.sum())
+
+    def _take_measurement(self) -> None:
+        interval = self._interval()
+        if self._measured is not None and self._calls % interval == interval // 2:
+            self._expect(*self._measured.values())
+            self._measured = None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _in_steps(mean: float) -> int:
+    """Rounded up in steps of a fifth: a small change is no reason to plan, or compile, again."""
+    return math.ceil(2 ** (math.ceil(4 * math.log2(mean + 1)) / 4) - 1)
+
+
+def _move(mean: Tensor, value: Tensor) -> None:
+    """Moves a running mean, in place, to its newest value."""
+    value = value.to(mean.dtype)
+    mean.copy_(torch.where(mean < 0, value, torch.lerp(mean, value, _MOMENTUM)))
 
 
 class GatedFFN(FFN):

@@ -1,6 +1,7 @@
 """The planner: what would run for a shape, and which path is predicted to be faster."""
 
 import functools
+import itertools
 import json
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ def plan(
 
     Args:
         hidden, neurons, tokens: the shape: x [tokens, hidden], weights [neurons, hidden].
-        kind, dtype, device: the problem and where it runs.
+        kind, dtype, device: the problem and where it runs. Instead of a device of this machine, a
+            GPU described by its compute capability and number of multiprocessors: "sm_90x132".
         path: "auto" lets the planner choose by predicted time.
         training: the forward pass saves for a backward pass, and predicted times include it.
         expected_active: mean active neurons per token, if known.
@@ -54,36 +56,62 @@ def plan(
     return json.loads(text)
 
 
+# The planner is asked at both ends of the ranges that begin with these numbers of tokens. They begin
+# where its kernels change, and else double.
+_FIRST_TOKENS = (0, 2, 3, 5, 9, 17, 33, 65, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
+
+
 @torch.compiler.assume_constant_result
-def faster_path(
+def path_ranges(
     kind: Literal["gated", "plain"],
     hidden: int,
     neurons: int,
-    tokens: int,
     dtype: torch.dtype,
     training: bool,
-    expected_active: int,
-    device: torch.device,
-) -> Literal["dense", "twell"]:
-    """The planner's choice, remembered; a constant while torch.compile traces.
+    expected_active: float | None,
+    expected_union: float | None,
+    device: torch.device | str,
+) -> tuple[tuple[int, str], ...]:
+    """From which number of tokens on to take which path: (tokens, path), descending, to 0.
 
-    ``expected_active`` < 0: unknown.
+    "twell" where the planner says so at both ends of a range, so that few ranges, and not every
+    number of tokens, need a compiled graph of their own. Neighbours differ. A constant while
+    torch.compile traces.
     """
     threads = torch.get_num_threads()
-    return _faster_path(
-        kind, hidden, neurons, tokens, dtype, training, expected_active, device, threads
+    return _path_ranges(
+        kind,
+        hidden,
+        neurons,
+        dtype,
+        training,
+        expected_active,
+        expected_union,
+        str(device),
+        threads,
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _faster_path(kind, hidden, neurons, tokens, dtype, training, expected_active, device, threads):
-    return plan(
+def _path_ranges(
+    kind, hidden, neurons, dtype, training, expected_active, expected_union, device, threads
+):
+    planned = functools.partial(
+        plan,
         hidden,
         neurons,
-        tokens,
         kind=kind,
         dtype=dtype,
         training=training,
-        expected_active=None if expected_active < 0 else expected_active,
+        expected_active=expected_active,
+        expected_union=expected_union,
         device=device,
-    )["path"]
+    )
+    ranges = []
+    for first, following in itertools.pairwise((*_FIRST_TOKENS, None)):
+        last = first if following is None else following - 1
+        ends = {planned(max(1, tokens))["path"] for tokens in (first, last)}
+        path = "twell" if ends == {"twell"} else "dense"
+        if not ranges or ranges[-1][1] != path:
+            ranges.append((first, path))
+    return tuple(reversed(ranges))

@@ -43,7 +43,8 @@ class Backward {
         x_(static_cast<const T*>(args.x)),
         dy_(static_cast<const T*>(args.grad_y)),
         down_(static_cast<const T*>(args.weights.down)),
-        dx_(static_cast<T*>(args.grad_x)) {
+        dx_(static_cast<T*>(args.grad_x)),
+        accumulate_(args.accumulate) {
     if (args.grad_l1) grad_l1_ = *static_cast<const Acc<T>*>(args.grad_l1);
     Carver carver(args.workspace);
     work_ = Workspace<T>::carve(plan, carver);
@@ -67,7 +68,7 @@ class Backward {
   }
 
   void run() {
-    if (plan_.problem.tokens == 0) {
+    if (plan_.problem.tokens == 0 && !accumulate_) {
       for (int p = 0; p < products_; ++p) {
         std::fill_n(product_[p].grad, size_.neurons * size_.hidden, T{});
       }
@@ -517,7 +518,7 @@ class Backward {
 
   // A chunk's share of a weight gradient's row.
   void finish(const Product& product, std::int64_t neuron, std::int64_t column,
-              std::int64_t columns, const Acc<T>* sums) {
+              std::int64_t columns, Acc<T>* sums) {
     const std::int64_t at = neuron * size_.hidden + column;
     if (product.totals) {
       Acc<T>* total = product.totals + at;
@@ -526,7 +527,11 @@ class Backward {
       sums = total;
       if (first_ + tokens_ < plan_.problem.tokens) return;
     }
-    kernels_.round(sums, columns, product.grad + at);
+    T* grad = product.grad + at;
+    if (accumulate_) {
+      for (std::int64_t k = 0; k < columns; ++k) sums[k] += widen(grad[k]);
+    }
+    kernels_.round(sums, columns, grad);
   }
 
   const FfnPlan& plan_;
@@ -537,6 +542,7 @@ class Backward {
   const T* down_;
   const T* weights_[2];  // of the projections that dg and du belong to
   T* dx_;
+  const bool accumulate_;
   Acc<T> grad_l1_ = 0;
   Product product_[3];
   int products_ = 0;

@@ -95,15 +95,18 @@ class Backward {
     rows_.projections = at<std::uint32_t>(layout_.projection_rows);
     rows_.hidden = at<std::uint32_t>(layout_.hidden_rows);
 
-    const WeightGradient of_gate = {args.grad_gate, at<float>(layout_.totals[0])};
-    const WeightGradient of_up = {args.grad_up, at<float>(layout_.totals[1])};
+    const auto gradient = [&](void* grad, int i) {
+      return WeightGradient{grad, at<float>(layout_.totals[i]), args.accumulate};
+    };
+    const WeightGradient of_gate = gradient(args.grad_gate, 0);
+    const WeightGradient of_up = gradient(args.grad_up, 1);
     of_projections_[0] = gated ? of_gate : of_up;
     of_projections_[1] = gated ? of_up : WeightGradient{};
-    of_down_ = {args.grad_down, at<float>(layout_.totals[2])};
+    of_down_ = gradient(args.grad_down, 2);
   }
 
   Status run() {
-    if (problem_.tokens == 0) return zero_weights();
+    if (problem_.tokens == 0) return args_.accumulate ? Status() : zero_weights();
     if (lists_.blocks > 0) {
       then(check(
           cudaMemsetAsync(at<std::byte>(layout_.list_zeros), 0, layout_.list_zero_bytes, stream_),
@@ -161,7 +164,7 @@ class Backward {
     lists_.order = at<std::int32_t>(layout_.list_order);
     lists_.rows = at<ListRow>(layout_.list_rows);
     lists_.entries = at<ListEntry>(layout_.list_entries);
-    gradients_ = {args_.grad_gate, args_.grad_up, args_.grad_down, {}};
+    gradients_ = {args_.grad_gate, args_.grad_up, args_.grad_down, args_.accumulate, {}};
     for (const int i : {0, 1, 2}) gradients_.low[i] = at<std::uint8_t>(layout_.totals[i]);
   }
 

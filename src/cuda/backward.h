@@ -72,10 +72,12 @@ struct NeuronRows {
 };
 
 // The gradient of one matrix of weights [neurons, hidden]: the round's share is added to `totals`
-// (not used where there is one round only), and the sum becomes `grad` with the last round.
+// (not used where there is one round only), and the sum becomes `grad`, or is added to it, with the
+// last round.
 struct WeightGradient {
   void* grad;  // null: not wanted
   float* totals;
+  bool accumulate;
 };
 
 struct TokenLists;

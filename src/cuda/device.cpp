@@ -36,11 +36,6 @@ Result<Device> cuda_device(int ordinal) {
   device.compute_capability = 10 * major + minor;
   device.shared_memory_bytes = static_cast<std::size_t>(shared);
   device.l2_bytes = static_cast<std::size_t>(l2);
-  if (device.compute_capability < 80) {
-    return Status(StatusCode::kUnsupported,
-                  asked + " is of compute capability " + std::to_string(major) + "." +
-                      std::to_string(minor) + "; permitted: 8.0 or newer");
-  }
   return device;
 }
 

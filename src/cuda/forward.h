@@ -20,7 +20,7 @@
 namespace twell::cuda {
 
 // A neuron of a tile's union and where its two columns are.
-struct UnionEntry {
+struct alignas(8) UnionEntry {
   std::uint32_t neuron;   // bits 0-15; bit 16 + h is set if half h uses it (none: padding)
   std::uint32_t sources;  // half h's column in bits 16 h to 16 h + 15, within the half's region
 

@@ -100,12 +100,13 @@ struct TokenLists {
   __device__ bool dense() const { return *pairs > static_cast<unsigned long long>(entry_capacity); }
 };
 
-// The gradients [neurons, hidden] of a pass, null where not wanted, and what more a dense pass
-// keeps of its sums.
+// The gradients [neurons, hidden] of a pass, null where not wanted, whether it adds to them, and
+// what more a dense pass keeps of its sums.
 struct WeightGradients {
   void* gate;  // null for a plain block
   void* up;
   void* down;
+  bool accumulate;
   std::uint8_t* low[3];
 };
 

@@ -103,34 +103,43 @@ __device__ __forceinline__ void write_entry(const ForwardChunk& chunk, UnionEntr
     entry.sources |= (word.sources[half] + __popc(word.used[half] & below)) << (16 * half);
   }
   const UsedNeurons neurons = used_of(chunk, word.used[0], word.used[1]);
+  std::uint32_t mates = neurons.classes[0];  // of the same class
+  int position = word.positions[0];
 #pragma unroll
-  for (int c = 0; c < kClasses; ++c) {
-    if (((neurons.classes[c] >> bit) & 1u) == 0) continue;
-    out[word.positions[c] + __popc(neurons.classes[c] & below)] = entry;
+  for (int c = 1; c < kClasses; ++c) {
+    const bool is = (neurons.classes[c] >> bit) & 1u;
+    mates = is ? neurons.classes[c] : mates;
+    position = is ? word.positions[c] : position;
   }
+  if (entry.in_use()) out[position + __popc(mates & below)] = entry;
 }
 
-// Those of 32 words, one in each lane: lane by lane if there are few, else word by word with a
-// neuron for each lane, so that neighbours are written together.
+// Those of kThreads words from `first` on, one in each thread, with `used` neurons in all: thread
+// by thread if these are few, else word by word with a neuron for each lane, so that neighbours are
+// written together. All threads call.
 __device__ __forceinline__ void write_entries(const ForwardChunk& chunk, UnionEntry* out,
-                                              const Word& own, int index, Word (&shared)[32]) {
-  constexpr int kFew = 8 * 32;
-  const int lane = threadIdx.x % 32;
-  std::uint32_t used = own.used[0] | own.used[1];
-  if (__reduce_add_sync(~0u, __popc(used)) <= kFew) {
-    for (; used != 0; used &= used - 1) write_entry(chunk, out, own, index, __ffs(used) - 1);
+                                              const Word& own, int first, int words, int used) {
+  __shared__ Word shared[kThreads];
+  constexpr int kFew = 8;  // of a word
+  if (used <= kFew * words) {
+    const int word = first + static_cast<int>(threadIdx.x);
+#pragma unroll 1
+    for (std::uint32_t left = own.used[0] | own.used[1]; left != 0; left &= left - 1) {
+      write_entry(chunk, out, own, word, __ffs(left) - 1);
+    }
     return;
   }
-  shared[lane] = own;
-  __syncwarp();
-#pragma unroll 4
-  for (int i = 0; i < 32; ++i) write_entry(chunk, out, shared[i], index - lane + i, lane);
-  __syncwarp();
+  shared[threadIdx.x] = own;
+  __syncthreads();
+#pragma unroll 2
+  for (int i = threadIdx.x / 32; i < words; i += kWarps) {
+    write_entry(chunk, out, shared[i], first + i, threadIdx.x % 32);
+  }
+  __syncthreads();
 }
 
 __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile) {
   __shared__ Scratch<ClassCounts> scratch[2];
-  __shared__ Word shared[kWarps][32];
   const int words = chunk.blocks * kMaskWords;
   const std::uint32_t* masks = chunk.masks + static_cast<std::size_t>(2 * tile) * words;
   UnionEntry* out = chunk.unions + static_cast<std::size_t>(tile) * chunk.capacity;
@@ -182,7 +191,8 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
         chunk.words[tile * words + word].first[c] = static_cast<std::uint16_t>(own.positions[c]);
       }
     }
-    write_entries(chunk, out, own, word, shared[threadIdx.x / 32]);
+    write_entries(chunk, out, own, first, min(words - first, kThreads),
+                  of_class(here, 0) + of_class(here, 1) + of_class(here, 2));
   }
   const int padded = ceil_div(total, kUnionStep) * kUnionStep;
   if (total + static_cast<int>(threadIdx.x) < padded) out[total + threadIdx.x] = UnionEntry{0, 0};
@@ -211,37 +221,59 @@ __device__ __forceinline__ TileWork work_of(const ForwardChunk& chunk, int tile)
            __builtin_bit_cast(HalfColumns, make_int2(halves.z, halves.w))}};
 }
 
+// How many items of each number of steps: of the largest, and ten bits for each smaller one.
+struct ItemCounts {
+  static constexpr int kBits = 10;
+  unsigned smaller = 0;
+  int largest = 0;
+
+  ItemCounts() = default;
+  // Those of one tile, if the largest items have `most` steps.
+  __device__ ItemCounts(int steps, int most) : largest(steps / most) {
+    if (const int rest = steps % most; rest > 0) smaller = 1u << kBits * (rest - 1);
+  }
+  __device__ explicit ItemCounts(unsigned long long bits)
+      : smaller(static_cast<unsigned>(bits)), largest(static_cast<int>(bits >> 32)) {}
+  __device__ unsigned long long bits() const {
+    return static_cast<unsigned long long>(largest) << 32 | smaller;
+  }
+  __device__ int of_smaller(int steps) const {
+    return static_cast<int>(smaller >> kBits * (steps - 1) & ((1u << kBits) - 1));
+  }
+};
+
+static_assert((kStepCounts - 1) * ItemCounts::kBits < 32);
+static_assert(kMaxChunkTiles < 1 << ItemCounts::kBits);
+
 // How many steps the largest items have: as many as they may, unless the multiprocessors, each of
 // which takes every so-manieth item, longest first, would be done sooner with smaller ones. An item
-// costs a step more than it has, for its tokens.
+// costs a step more than it has, for its tokens. A warp looks at one number of steps.
 __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const TileWork* work,
                                             int tiles) {
-  __shared__ int items[kStepCounts][kStepCounts];  // [most - 1, steps - 1]
   __shared__ int costs[kStepCounts];
+  static_assert(kStepCounts <= kWarps);
   if (chunk.multiprocessors == 0) return kStepCounts;
-  if (threadIdx.x < kStepCounts * kStepCounts) (&items[0][0])[threadIdx.x] = 0;
-  __syncthreads();
-  const int tile = static_cast<int>(threadIdx.x);
-  const int all = tile < tiles ? work[tile].steps() : 0;
-#pragma unroll
-  for (int most = 1; most <= kStepCounts; ++most) {
-#pragma unroll
-    for (int steps = 1; steps <= most; ++steps) {
-      const int sum = __reduce_add_sync(~0u, steps == most ? all / most : all % most == steps);
-      if (threadIdx.x % 32 == 0) atomicAdd(&items[most - 1][steps - 1], sum);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (const int most = static_cast<int>(threadIdx.x / 32) + 1; most <= kStepCounts) {
+    ItemCounts items;
+#pragma unroll 2
+    for (int tile = lane; tile < tiles; tile += 32) {
+      const ItemCounts own(work[tile].steps(), most);
+      items.smaller += own.smaller;
+      items.largest += own.largest;
     }
-  }
-  __syncthreads();
-  if (const int most = static_cast<int>(threadIdx.x) + 1; most <= kStepCounts) {
+    items.smaller = __reduce_add_sync(~0u, items.smaller);
+    items.largest = __reduce_add_sync(~0u, items.largest);
     int cost = 0, end = 0;
     int next = 0;  // of the items of the multiprocessor with most to do
+#pragma unroll 1
     for (int steps = most; steps > 0; --steps) {
-      end += items[most - 1][steps - 1];
+      end += steps == most ? items.largest : items.of_smaller(steps);
       const int taken = end > next ? ceil_div(end - next, chunk.multiprocessors) : 0;
       next += taken * chunk.multiprocessors;
       cost += taken * (steps + 1);
     }
-    costs[most - 1] = cost;
+    if (lane == 0) costs[most - 1] = cost;
   }
   __syncthreads();
   int best = kStepCounts;
@@ -252,11 +284,21 @@ __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const Til
   return best;
 }
 
+constexpr int kKeysAtOnce = 16;
+
+// What all tiles of a round are ordered by, all different: falling count, then the index.
+__device__ __forceinline__ std::uint32_t order_key(int count, int tile) {
+  static_assert(kTwellMaxColumns < 1 << 22 && kMaxChunkTiles <= 1 << 10);
+  return static_cast<std::uint32_t>(count) << 10 | static_cast<std::uint32_t>(0x3ff - tile);
+}
+
 // Items of tiles whose g and u must be made anew, then all others, each longest first, and tiles by
 // falling count; ties by index, so that it is deterministic.
 __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedule& round,
                                                const TileWork* work, int first_tile, int tiles) {
-  __shared__ Scratch<int> scratch[2];
+  constexpr int kKeys = ceil_div(kMaxChunkTiles, kKeysAtOnce) * kKeysAtOnce;
+  alignas(16) __shared__ std::uint32_t keys[kKeys];
+  __shared__ Scratch<unsigned long long> scratch[2];
   if (threadIdx.x == 0) {
     round.first_tile = first_tile;
     round.tiles = tiles;
@@ -265,36 +307,43 @@ __device__ __forceinline__ void write_schedule(const ForwardChunk& chunk, Schedu
     if (threadIdx.x == 0) round.item_count = round.anew = 0;
     return;
   }
-  const int most = choose_steps(chunk, work, tiles);
   const int i = static_cast<int>(threadIdx.x);  // tile of the round
+  const std::uint32_t key = i < tiles ? order_key(work[i].count, i) : 0;
+  if (i < kKeys) keys[i] = key;
+  const int most = choose_steps(chunk, work, tiles);
+
   int items = 0;
-  int turn = 0;
-  const auto append = [&](int steps, bool anew) {
-    const bool takes = i < tiles && work[i].anew == anew;
-    const int all = takes ? work[i].steps() : 0;
-    const int whole = all / most;
-    const bool has_rest = steps < most && all % most == steps;
-    const int mine = steps == most ? whole : has_rest;
-    int total;
-    const int at = items + exclusive_sum(mine, scratch[turn], total);
-    for (int k = 0; k < mine; ++k) {
-      round.items[at + k] = {first_tile + i, (has_rest ? whole : k) * most, steps,
-                             work[i].halves[0], work[i].halves[1]};
+#pragma unroll 1
+  for (int anew = chunk.half_places ? 1 : 0; anew >= 0; --anew) {
+    const bool takes = i < tiles && work[i].anew == (anew != 0);
+    const ItemCounts own(takes ? work[i].steps() : 0, most);
+    unsigned long long total;
+    const ItemCounts before(exclusive_sum(own.bits(), scratch[anew], total));
+    const ItemCounts all(total);
+    const auto write = [&](int at, int first, int steps) {
+      round.items[at] = {first_tile + i, first, steps, work[i].halves[0], work[i].halves[1]};
+    };
+#pragma unroll 1
+    for (int k = 0; k < own.largest; ++k) write(items + before.largest + k, k * most, most);
+    items += all.largest;
+#pragma unroll 1
+    for (int steps = most - 1; steps > 0; --steps) {
+      if (own.of_smaller(steps)) write(items + before.of_smaller(steps), own.largest * most, steps);
+      items += all.of_smaller(steps);
     }
-    items += total;
-    turn ^= 1;
-  };
-  for (int steps = most; chunk.half_places && steps > 0; --steps) append(steps, true);
-  if (threadIdx.x == 0) round.anew = items;
-  for (int steps = most; steps > 0; --steps) append(steps, false);
-  if (threadIdx.x == 0) round.item_count = items;
+    if (threadIdx.x == 0) (anew ? round.anew : round.item_count) = items;
+  }
+  if (!chunk.half_places && threadIdx.x == 0) round.anew = 0;
 
   if (i < tiles) {
-    const int count = work[i].count;
     int rank = 0;
-#pragma unroll 8
-    for (int other = 0; other < tiles; ++other) {
-      rank += work[other].count > count - (other < i);  // or as many and before
+#pragma unroll 1
+    for (int other = 0; other < tiles; other += kKeysAtOnce) {
+#pragma unroll
+      for (int k = 0; k < kKeysAtOnce; k += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(keys + other + k);
+        rank += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
+      }
     }
     chunk.order[first_tile + rank] = first_tile + i;
   }

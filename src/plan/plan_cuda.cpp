@@ -15,28 +15,31 @@ namespace {
 // the backward.
 constexpr std::int64_t kMaxTrainingTiles = 128;
 
-// Shares assumed without an estimate, those of layer 5 of the traces: of the neurons in a tile's
-// union, and of the (token, block of 64 neurons) pairs in which some neuron is active, the neurons
-// in their own order or by activity.
+// Shares of the neurons assumed without an estimate, those of layer 5 of the traces: active for a
+// token, and in a tile's union.
+constexpr double kUnknownActive = 0.0072;
 constexpr double kUnknownUnion = 0.2;
-constexpr double kUnknownBlocks = 0.36;
-constexpr double kUnknownSortedBlocks = 0.19;
+
+// What sparse must be predicted to gain to be chosen: near the break-even predictions are not exact
+// enough to tell which is faster, and dense is the safer choice.
+constexpr double kMargin = 0.03;
 
 // TFLOP/s per multiprocessor.
 struct Rates {
   double dense;       // PyTorch's products
   double gate;        // ours
   double over_union;  // up and down
+  double alone;       // of these, one CTA while few others run
 };
 
 // An H200, from bench/results/h200/ffn_forward.json.
-constexpr Rates kHopper = {5.2, 5.2, 4.5};
+constexpr Rates kHopper = {5.2, 5.45, 4.5, 6.6};
 // Not measured. The others' dense bf16 peaks by their data sheets (A100: 2.9 per multiprocessor,
 // B200: 15) times the share of its peak (7.5) that the H200 reaches; ours as on the A100, since
 // Blackwell's large chips reach their peak by instructions of their own only. The ratio between
 // the two is what the choice of a path needs; smaller chips are slower in both alike.
-constexpr Rates kAmpere = {2.0, 2.0, 1.7};
-constexpr Rates kBlackwell = {10.4, 2.0, 1.7};
+constexpr Rates kAmpere = {2.0, 2.0, 1.7, 2.5};
+constexpr Rates kBlackwell = {10.4, 2.0, 1.7, 2.5};
 
 Rates rates_of(const Device& device) {
   const int generation = device.compute_capability / 10;
@@ -51,44 +54,98 @@ bool takes_few_tokens(const FfnProblem& problem, const PlanOptions& options) {
 // Other speeds of the same H200.
 constexpr double kReadTbPerSecond = 2.2;
 constexpr double kDenseLaunchMs = 0.015;
-constexpr double kTileLaunchMs = 0.06;  // four kernels, each at least one tile long
-constexpr double kDecodeLaunchMs = 0.0025;
-constexpr double kDecodeTokenMs = 0.0003;  // per token, at the traces' 2048 x 5632
+constexpr double kForwardLaunchMs = 0.02;
 
-// The neurons in a tile's union, and the shares of (token, block of 64 neurons) pairs in use.
+// For few tokens, in a CUDA graph, where the dense block loses least by its launches.
+constexpr double kFewTokensLaunchMs = 0.001;
+constexpr double kRereadTbPerSecond = 5.2;  // of rows that another group of tokens reads too
+constexpr double kGatheredRows = 1.55;      // a gathered row's time to that of the gate's
+constexpr double kFewTokensWeights = 2048. * 5632;  // of a matrix, to which these two belong:
+constexpr double kDenseTokenMs = 0.000053;          // per token
+constexpr double kGroupTokenMs = 0.00013;           // per token of a group and matrix
+
+// Of Hopper's sparse backward, TFLOP/s per multiprocessor by kernel, and its small kernels: for
+// every round with tiles, and all others. From bench/results/h200/ffn_backward.json. Those over
+// unions take as long as their rows take to gather, whichever half uses them.
+constexpr double kRemakeRate = 4.9;
+constexpr double kCoefficientsRate = 3.4;
+constexpr double kInputRate = 5.8;
+constexpr double kListedWeightsRate = 3.3;
+constexpr double kDenseWeightsRate = 2.3;
+constexpr double kBackwardRoundMs = 0.03;
+constexpr double kBackwardLaunchMs = 0.2;
+// Of the backward on other GPUs, for each kernel, at least one tile long: not measured.
+constexpr double kBackwardKernelMs = 0.015;
+
+// Elements of one matrix.
+double weights_of(const FfnProblem& problem) {
+  return static_cast<double>(problem.hidden * problem.neurons);
+}
+
+double ms_to_read(const FfnProblem& problem, double tb_per_second) {
+  return weights_of(problem) * 2 / tb_per_second * 1e-9;
+}
+
+double products_after_gate(const FfnProblem& problem) {
+  return problem.kind == FfnKind::kGated ? 2 : 1;
+}
+
+// How many neurons are in use, if each token has so many active ones.
 struct Sparsity {
-  double active = 0;  // neurons of a token; 0 if unknown
-  double in_union;
-  double blocks;
-  double sorted_blocks;
+  double neurons;        // of the block
+  double active;         // of a token
+  double in_union;       // of a tile
+  double in_steps;       // in the steps of a half tile
+  double blocks;         // share of the (token, block of 64 neurons) pairs with an active neuron
+  double sorted_blocks;  // the same, the neurons sorted by activity
 
-  Sparsity(double neurons, const PlanOptions& options)
-      : in_union(kUnknownUnion * neurons),
-        blocks(kUnknownBlocks),
-        sorted_blocks(kUnknownSortedBlocks) {
-    if (options.expected_union >= 0) in_union = std::min(options.expected_union, neurons);
-    if (options.expected_active < 0) return;
-    active = options.expected_active;
-    // If all neurons were equally active and independent. The less so, the smaller the union, and
-    // the fewer blocks of neurons by activity are in use (the square root fits the traces).
-    const double silent = 1 - std::min(options.expected_active / neurons, 1.0);
-    const double most = neurons * (1 - std::pow(silent, cuda::kTileTokens));
-    if (options.expected_union < 0) in_union = most;
-    blocks = 1 - std::pow(silent, cuda::kRowNeurons);
-    sorted_blocks = most > 0 ? blocks * std::sqrt(std::min(in_union / most, 1.0)) : 0;
+  Sparsity(const FfnProblem& problem, const PlanOptions& options)
+      : neurons(static_cast<double>(problem.neurons)),
+        active(options.expected_active < 0 ? kUnknownActive * neurons
+                                           : std::min(options.expected_active, neurons)) {
+    const double most = neurons * any_of(cuda::kTileTokens);
+    in_union = options.expected_union >= 0    ? std::min(options.expected_union, neurons)
+               : options.expected_active >= 0 ? most
+                                              : kUnknownUnion * neurons;
+    // The less independent, the smaller the union, the fewer blocks of neurons by activity are in
+    // use, and the more of its union a half uses (the square root fits the traces).
+    const double independence = most > 0 ? std::sqrt(std::min(in_union / most, 1.0)) : 0;
+    const double half = most > 0 ? neurons * any_of(cuda::kHalfTokens) / most : 1;
+    in_steps = in_union * (1 - independence * (1 - half));
+    blocks = any_of(cuda::kRowNeurons);
+    sorted_blocks = independence * blocks;
   }
+
+  // That some of so many pairs of a token and a neuron are active, if they are independent.
+  double any_of(double pairs) const { return 1 - std::pow(1 - active / neurons, pairs); }
 };
 
-// Rates of Hopper's sparse backward, as kHopper, and its small kernels: for every chunk, every
-// round with tiles, and once. From bench/results/h200/ffn_backward.json. And what a kernel costs
-// that returns at once.
-constexpr double kBackwardUnion = 3.9;
-constexpr double kBackwardWeights = 2.6;
-constexpr double kBackwardChunkMs = 0.04;
-constexpr double kBackwardRoundMs = 0.06;
-constexpr double kBackwardLaunchMs = 0.05;
-constexpr double kEmptyLaunchMs = 0.00125;
-constexpr double kRoundLaunches = 6;  // remake, coefficients, down, count, list, weights
+// Of the gate of so many tiles. Its pieces are pairs of tiles by blocks of neurons, one at a time
+// on each pair of multiprocessors.
+std::int64_t gate_waves(const FfnProblem& problem, const Device& device, std::int64_t tiles) {
+  const std::int64_t blocks = cuda::ceil_div<std::int64_t>(problem.neurons, cuda::kBlockNeurons);
+  const std::int64_t at_once = std::max(2, device.multiprocessors) / 2;
+  return cuda::ceil_div(cuda::ceil_div<std::int64_t>(tiles, 2) * blocks, at_once);
+}
+
+// Of the sparse forward, in ms; `product` is a dense one's at 1 TFLOP/s.
+double predict_forward(const FfnProblem& problem, const Device& device, double product,
+                       const Sparsity& sparsity) {
+  const Rates rates = rates_of(device);
+  const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
+  const double union_ms = product / rates.over_union * sparsity.in_union / sparsity.neurons;
+  // A CTA's piece of gate, up and down is a tile by as many neurons or outputs: at 1 TFLOP/s, for
+  // each summed element.
+  static_assert(cuda::kUnionItem == cuda::kBlockNeurons &&
+                cuda::kDownOutputs == cuda::kBlockNeurons);
+  constexpr double kPieceMs = 2e-9 * cuda::kTileTokens * cuda::kBlockNeurons;
+  const double hidden = static_cast<double>(problem.hidden);
+  const double waves = static_cast<double>(gate_waves(problem, device, tiles));
+  const double gate_ms = waves * kPieceMs * hidden / rates.gate;
+  const double up_ms = std::max(union_ms, kPieceMs * hidden / rates.alone);
+  const double down_ms = std::max(union_ms, kPieceMs * sparsity.in_union / rates.alone);
+  return kForwardLaunchMs + gate_ms + down_ms + (problem.kind == FfnKind::kGated ? up_ms : 0);
+}
 
 // What determines the layouts of a training plan, the forward's chunks being of so many tiles.
 FfnPlan with_chunks(const FfnProblem& problem, const Device& device, std::int64_t chunk_tiles) {
@@ -104,50 +161,63 @@ FfnPlan with_chunks(const FfnProblem& problem, const Device& device, std::int64_
 double predict_backward(const FfnProblem& problem, const Device& device, double product,
                         const Sparsity& sparsity) {
   const double neurons = static_cast<double>(problem.neurons);
-  const bool gated = problem.kind == FfnKind::kGated;
-  const double of_weights = gated ? 3 : 2;
+  const double inputs = products_after_gate(problem);  // projections of x, too
+  const double of_weights = 1 + inputs;
   const double in_union = sparsity.in_union / neurons;
   const cuda::BackwardLayout layout(with_chunks(problem, device, kMaxTrainingTiles));
   const double chunks = static_cast<double>(layout.chunks);
+  const double columns = cuda::is_hopper(device) ? sparsity.in_steps : sparsity.in_union;
   const double rounds =
-      chunks * std::ceil(static_cast<double>(layout.tiles) * std::max(sparsity.in_union, 1.0) /
+      chunks * std::ceil(static_cast<double>(layout.tiles) * std::max(columns, 1.0) /
                          std::max(static_cast<double>(layout.positions), 1.0));
   if (cuda::is_hopper(device)) {
-    const double over_union = gated ? 3 : 2;  // dh and dx
-    const double launches = chunks * static_cast<double>(layout.rounds) * kRoundLaunches;
+    const double again = std::max(0.0, 1 - cuda::kSavedShare * neurons / std::max(columns, 1.0));
+    const double per_union =
+        inputs * (again / kRemakeRate + 1 / kInputRate) + 1 / kCoefficientsRate;
     const bool listed = sparsity.active * static_cast<double>(problem.tokens) <=
                         static_cast<double>(layout.entries);
-    const double in_use = listed ? sparsity.sorted_blocks : 1;  // of (token, block) pairs
-    return kBackwardLaunchMs + chunks * kBackwardChunkMs + rounds * kBackwardRoundMs +
-           launches * kEmptyLaunchMs +
-           product *
-               (over_union * in_union / kBackwardUnion + of_weights * in_use / kBackwardWeights);
+    const double per_block =
+        of_weights * (listed ? sparsity.sorted_blocks / kListedWeightsRate : 1 / kDenseWeightsRate);
+    return kBackwardLaunchMs + rounds * kBackwardRoundMs +
+           product * (in_union * per_union + per_block);
   }
-  const double over_union = gated ? 5 : 3;  // g, u, dh and both of dx; plain: g, dh and dx
+  const double over_union = 1 + 2 * inputs;  // g, u, dh and both of dx; plain: g, dh and dx
   const double kernels = chunks * 2 + rounds * (2 + 4 * static_cast<double>(layout.groups));
   const double share = over_union * in_union + of_weights * sparsity.blocks;
-  return kernels * kTileLaunchMs / 4 + product * share / kAmpere.over_union;
+  return kernels * kBackwardKernelMs + product * share / kAmpere.over_union;
+}
+
+// Every group of the few tokens reads the gate and the rows in use of the other matrices, the first
+// from memory and the others from L2, and multiplies itself with them.
+Prediction predict_few_tokens(const FfnProblem& problem, const Sparsity& sparsity) {
+  const double tokens = static_cast<double>(problem.tokens);
+  const double of_group = cuda::decode_group(problem.tokens);
+  const double groups = std::max(1.0, std::ceil(tokens / of_group));
+  const double in_use =
+      std::min(sparsity.any_of(std::min(tokens, of_group)), sparsity.in_union / sparsity.neurons);
+  const double matrices = 1 + products_after_gate(problem) * in_use * kGatheredRows;
+  const double scale = weights_of(problem) / kFewTokensWeights;
+  const double group_ms = ms_to_read(problem, kRereadTbPerSecond) * (groups - 1) +
+                          groups * of_group * kGroupTokenMs * scale;
+  Prediction out;
+  out.dense_ms = kFewTokensLaunchMs + tokens * kDenseTokenMs * scale +
+                 (1 + products_after_gate(problem)) * ms_to_read(problem, kReadTbPerSecond);
+  out.sparse_ms =
+      kFewTokensLaunchMs + matrices * (ms_to_read(problem, kReadTbPerSecond) + group_ms);
+  return out;
 }
 
 Prediction predict(const FfnProblem& problem, const Device& device, const PlanOptions& options) {
-  const double tokens = static_cast<double>(problem.tokens);
-  const double neurons = static_cast<double>(problem.neurons);
-  const double weights = static_cast<double>(problem.hidden) * neurons;  // of one matrix
-  const double flops_per_ms = device.multiprocessors * 1e9;              // at 1 TFLOP/s each
-  const double read_ms = weights * 2 / kReadTbPerSecond * 1e-9;
-  const Rates rates = rates_of(device);
-  const double product = 2 * tokens * weights / flops_per_ms;       // in ms, at 1 TFLOP/s each
-  const double products = problem.kind == FfnKind::kGated ? 2 : 1;  // besides the gate's
-
+  const Sparsity sparsity(problem, options);
+  if (takes_few_tokens(problem, options)) return predict_few_tokens(problem, sparsity);
+  const double flops_per_ms = device.multiprocessors * 1e9;  // at 1 TFLOP/s each
+  const double product = 2 * static_cast<double>(problem.tokens) * weights_of(problem) /
+                         flops_per_ms;  // in ms, at 1 TFLOP/s each
+  const double dense_product =
+      std::max(product / rates_of(device).dense, ms_to_read(problem, kReadTbPerSecond));
   Prediction out;
-  out.dense_ms = kDenseLaunchMs + (1 + products) * std::max(product / rates.dense, read_ms);
-  if (takes_few_tokens(problem, options)) {
-    out.sparse_ms = kDecodeLaunchMs + read_ms + tokens * kDecodeTokenMs * weights / (2048. * 5632);
-    return out;
-  }
-  const Sparsity sparsity(neurons, options);
-  const double union_ms = product / rates.over_union * sparsity.in_union / neurons;
-  out.sparse_ms = kTileLaunchMs + product / rates.gate + products * union_ms;
+  out.dense_ms = kDenseLaunchMs + (1 + products_after_gate(problem)) * dense_product;
+  out.sparse_ms = predict_forward(problem, device, product, sparsity);
   if (options.training) {
     out.dense_ms *= 3;  // each product has two gradients, which are products as large
     out.sparse_ms += predict_backward(problem, device, product, sparsity);
@@ -156,26 +226,20 @@ Prediction predict(const FfnProblem& problem, const Device& device, const PlanOp
 }
 
 // Tiles of a forward's chunk: `most` or fewer, down to half of it, for the fewest waves of the gate
-// in all, next the fewest chunks, next the fewest waves of down. The gate's pieces are pairs of
-// tiles by blocks of neurons, one at a time on each pair of multiprocessors; down's are tiles by
-// strips of outputs.
+// in all, next the fewest chunks, next the fewest waves of down.
 std::int64_t chunk_tiles(const FfnProblem& problem, const Device& device, std::int64_t most) {
   const std::int64_t tiles = cuda::ceil_div<std::int64_t>(problem.tokens, cuda::kTileTokens);
-  const std::int64_t blocks = cuda::ceil_div<std::int64_t>(problem.neurons, cuda::kBlockNeurons);
   const std::int64_t strips = cuda::ceil_div<std::int64_t>(problem.hidden, cuda::kDownOutputs);
   const std::int64_t at_once = std::max(2, device.multiprocessors);
   const auto in_all = [&](std::int64_t chunk, auto&& waves) {
     return tiles / chunk * waves(chunk) + waves(tiles % chunk);
   };
-  const auto gate_waves = [&](std::int64_t count) {
-    return cuda::ceil_div(cuda::ceil_div<std::int64_t>(count, 2) * blocks, at_once / 2);
-  };
+  const auto gate = [&](std::int64_t count) { return gate_waves(problem, device, count); };
   const auto down_waves = [&](std::int64_t count) {
     return cuda::ceil_div(count * strips, at_once);
   };
   const auto cost = [&](std::int64_t chunk) {
-    return std::tuple(in_all(chunk, gate_waves), cuda::ceil_div(tiles, chunk),
-                      in_all(chunk, down_waves));
+    return std::tuple(in_all(chunk, gate), cuda::ceil_div(tiles, chunk), in_all(chunk, down_waves));
   };
   if (tiles <= most) return std::max<std::int64_t>(1, tiles);
   std::int64_t best = most;
@@ -215,8 +279,9 @@ Result<FfnPlan> plan_cuda(const FfnProblem& problem, const Device& device,
                           const PlanOptions& options) {
   const Prediction prediction = predict(problem, device, options);
   const Status offered = check_offered(problem, device);
-  FfnPlan plan = choose_path(problem, device, options, prediction,
-                             !offered.ok() || prediction.dense_ms < prediction.sparse_ms);
+  FfnPlan plan =
+      choose_path(problem, device, options, prediction,
+                  !offered.ok() || prediction.dense_ms < (1 + kMargin) * prediction.sparse_ms);
   if (plan.path == FfnPath::kDense) return plan;
   if (!offered.ok()) return offered;
 

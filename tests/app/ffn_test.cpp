@@ -26,10 +26,10 @@ struct Leaves {
     down = torch::randn({neurons, hidden}, wide) / std::sqrt(double(neurons));
   }
 
-  Leaves to(torch::ScalarType type) const {
+  Leaves to(torch::ScalarType type, torch::Device device = torch::kCPU) const {
     Leaves copy = *this;
     for (Tensor* t : {&copy.x, &copy.gate, &copy.up, &copy.down}) {
-      *t = t->to(type, false, true).requires_grad_(true);
+      *t = t->to(device, type, false, true).requires_grad_(true);
     }
     return copy;
   }
@@ -40,14 +40,16 @@ struct Outcome {
 };
 
 Outcome finish(Leaves& leaves, Tensor y, Tensor l1, Tensor l0, Tensor activity, double lambda) {
-  const Tensor direction = torch::cos(torch::arange(y.numel(), torch::kFloat64)).view(y.sizes());
+  const Tensor direction =
+      torch::cos(torch::arange(y.numel(), torch::kFloat64)).view(y.sizes()).to(y.device());
   ((y.to(torch::kFloat64) * direction).sum() + lambda * l1.to(torch::kFloat64)).backward();
   return {y.detach(),       l1.detach(),       l0, activity, leaves.x.grad(), leaves.gate.grad(),
           leaves.up.grad(), leaves.down.grad()};
 }
 
-Outcome by_twell(const Leaves& given, torch::ScalarType type, FfnPath path, double lambda) {
-  Leaves leaves = given.to(type);
+Outcome by_twell(const Leaves& given, torch::ScalarType type, FfnPath path, double lambda,
+                 torch::Device device) {
+  Leaves leaves = given.to(type, device);
   const FfnOutput out = relu_ffn(leaves.x, {leaves.gate, leaves.up, leaves.down}, path);
   EXPECT_EQ(out.path, path);
   return finish(leaves, out.y, out.l1, out.l0, out.activity, lambda);
@@ -64,7 +66,7 @@ Outcome by_autograd(const Leaves& given, double lambda) {
 
 double error(const Tensor& a, const Tensor& b) {
   if (b.numel() == 0) return 0;
-  return ((a.to(torch::kFloat64) - b).norm() / (b.norm() + 1e-30)).item<double>();
+  return ((a.cpu().to(torch::kFloat64) - b).norm() / (b.norm() + 1e-30)).item<double>();
 }
 
 struct Case {
@@ -77,18 +79,17 @@ struct Case {
 
 class ReluFfn : public testing::TestWithParam<Case> {};
 
-TEST_P(ReluFfn, AgreesWithAutograd) {
-  const Case& c = GetParam();
+void expect_agreement(const Case& c, torch::Device device) {
   // Values that bf16 holds exactly, so that only the block's own rounding is measured.
   Leaves leaves(c.tokens, 64, 136, c.shift);
   for (Tensor* t : {&leaves.x, &leaves.gate, &leaves.up, &leaves.down}) {
     *t = t->to(torch::kBFloat16).to(torch::kFloat64);
   }
   const Outcome want = by_autograd(leaves, 0.1);
-  const Outcome got = by_twell(leaves, c.type, c.path, 0.1);
+  const Outcome got = by_twell(leaves, c.type, c.path, 0.1, device);
   EXPECT_EQ(got.y.scalar_type(), c.type);
   EXPECT_EQ(got.l0.item<int64_t>(), want.l0.item<int64_t>());
-  EXPECT_TRUE(got.activity.to(torch::kInt64).equal(want.activity));
+  EXPECT_TRUE(got.activity.cpu().to(torch::kInt64).equal(want.activity));
   EXPECT_LE(error(got.l1, want.l1), c.tolerance);
   EXPECT_LE(error(got.y, want.y), c.tolerance);
   EXPECT_LE(error(got.dx, want.dx), c.tolerance);
@@ -96,6 +97,8 @@ TEST_P(ReluFfn, AgreesWithAutograd) {
   EXPECT_LE(error(got.dup, want.dup), c.tolerance);
   EXPECT_LE(error(got.ddown, want.ddown), c.tolerance);
 }
+
+TEST_P(ReluFfn, AgreesWithAutograd) { expect_agreement(GetParam(), torch::kCPU); }
 
 std::vector<Case> cases() {
   std::vector<Case> all;
@@ -113,6 +116,16 @@ std::vector<Case> cases() {
 
 INSTANTIATE_TEST_SUITE_P(Paths, ReluFfn, testing::ValuesIn(cases()));
 
+TEST(ReluFfnOnAGpu, AgreesWithAutograd) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "there is no GPU";
+  for (const Case& c : cases()) {
+    if (c.path == FfnPath::kSparse && c.type != torch::kBFloat16) continue;  // no such kernels
+    SCOPED_TRACE(testing::Message() << name_of(c.path) << " " << c.type << " " << c.tokens
+                                    << " tokens, shift " << c.shift);
+    expect_agreement(c, torch::kCUDA);
+  }
+}
+
 TEST(ReluFfnNan, SpreadsAsInTheDenseBlock) {
   for (const FfnPath path : {FfnPath::kDense, FfnPath::kSparse}) {
     Leaves leaves(3, 64, 136, -50);
@@ -123,6 +136,62 @@ TEST(ReluFfnNan, SpreadsAsInTheDenseBlock) {
     EXPECT_TRUE(y[1].isnan().all().item<bool>()) << name_of(path);
     EXPECT_TRUE(y[0].isfinite().all().item<bool>()) << name_of(path);
     EXPECT_TRUE(y[2].isfinite().all().item<bool>()) << name_of(path);
+  }
+}
+
+// A NaN of one gate row alone: up and down are finite, so that a relu that lost it would give 0.
+void expect_nan_of_a_gate(torch::ScalarType type, torch::Device device) {
+  Leaves leaves(3, 64, 136, -1);
+  leaves.gate[5][7] = std::numeric_limits<double>::quiet_NaN();
+  Leaves block = leaves.to(type, device);
+  const FfnOutput out =
+      relu_ffn(block.x, {block.gate, block.up, block.down}, FfnPath::kDense, FfnCounts::kAll);
+  EXPECT_TRUE(out.y.isnan().all().item<bool>()) << type << device;
+  EXPECT_TRUE(out.l1.isnan().item<bool>()) << type << device;
+  EXPECT_EQ(out.activity[5].item<int64_t>(), 3) << type << device;
+  out.y.sum().backward();
+  EXPECT_TRUE(block.up.grad()[5].isnan().all().item<bool>()) << type << device;
+  const torch::NoGradGuard no_grad;
+  EXPECT_TRUE(relu_ffn(block.x, {block.gate, block.up, block.down}, FfnPath::kDense)
+                  .y.isnan()
+                  .all()
+                  .item<bool>())
+      << type << device;
+}
+
+TEST(ReluFfnNan, OfAGateStays) {
+  for (const auto type : {torch::kBFloat16, torch::kFloat32, torch::kFloat64}) {
+    expect_nan_of_a_gate(type, torch::kCPU);
+  }
+}
+
+TEST(ReluFfnNan, OfAGateStaysOnAGpu) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "there is no GPU";
+  for (const auto type : {torch::kBFloat16, torch::kFloat32, torch::kFloat64}) {
+    expect_nan_of_a_gate(type, torch::kCUDA);
+  }
+}
+
+TEST(ReluFfn, IsTheSameWithoutGradients) {
+  for (const auto type : {torch::kBFloat16, torch::kFloat32, torch::kFloat64}) {
+    Leaves leaves = Leaves(129, 64, 136, -0.5).to(type);
+    const FfnWeights weights{leaves.gate, leaves.up, leaves.down};
+    const std::vector<Tensor> given = {leaves.x, leaves.gate, leaves.up, leaves.down};
+    std::vector<Tensor> before;
+    for (const Tensor& t : given) before.push_back(t.detach().clone());
+    for (const auto counts : {FfnCounts::kNone, FfnCounts::kL1, FfnCounts::kAll}) {
+      const FfnOutput want = relu_ffn(leaves.x, weights, FfnPath::kDense, counts);
+      const torch::NoGradGuard no_grad;
+      const FfnOutput got = relu_ffn(leaves.x, weights, FfnPath::kDense, counts);
+      EXPECT_TRUE(got.y.equal(want.y)) << type;
+      if (counts != FfnCounts::kNone) {
+        EXPECT_TRUE(got.l1.equal(want.l1)) << type;
+      }
+      if (counts == FfnCounts::kAll) {
+        EXPECT_TRUE(got.activity.equal(want.activity)) << type;
+      }
+      for (size_t i = 0; i < given.size(); ++i) EXPECT_TRUE(given[i].equal(before[i])) << i;
+    }
   }
 }
 

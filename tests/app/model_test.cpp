@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "app/error.h"
 #include "app/model/decoder.h"
@@ -61,6 +63,37 @@ TEST(Llama, ShapesAndCounts) {
     ASSERT_EQ(ffns.size(), 2u);
     EXPECT_EQ(ffns[0].l0.item<int64_t>(), ffns[0].activity.sum().item<int64_t>());
     EXPECT_FALSE(ffns[0].y.defined());
+  }
+}
+
+// Without gradients the hidden state is updated where it lies: what goes in and what an observer
+// holds must not change, and the values must be those of the pass that keeps a graph.
+TEST(Llama, WithoutGradientsIsTheSameAndHarmsNothing) {
+  for (const bool relu : {true, false}) {
+    ModelConfig config = small_config();
+    config.attention_bias = true;
+    if (!relu) config.hidden_act = "silu";
+    Llama model = small_model(config);
+    for (auto& [name, value] : model.parameters()) value.requires_grad_(true);
+    const Tensor tokens = some_tokens(3, 20);
+    const auto observe = [&](std::vector<Tensor>& held) {
+      ForwardOptions options;
+      options.on_ffn = [&](int, const Tensor& x, const FfnWeights&) { held.push_back(x); };
+      return model.forward(tokens, options).detach();
+    };
+    std::vector<Tensor> with_graph, without;
+    const Tensor want = observe(with_graph);
+    std::map<std::string, Tensor> before;
+    for (const auto& [name, value] : model.parameters()) before[name] = value.detach().clone();
+    const torch::NoGradGuard no_grad;
+    EXPECT_TRUE(observe(without).equal(want));
+    EXPECT_TRUE(observe(without).equal(want));
+    ASSERT_EQ(without.size(), 4u);
+    for (size_t i = 0; i < 4; ++i) EXPECT_TRUE(without[i].equal(with_graph[i % 2])) << i;
+    for (const auto& [name, value] : model.parameters()) {
+      EXPECT_TRUE(value.equal(before.at(name))) << name;
+    }
+    EXPECT_TRUE(tokens.equal(some_tokens(3, 20)));
   }
 }
 
@@ -221,6 +254,41 @@ TEST(Decoder, EqualsTheFullForward) {
 TEST(Decoder, ReplaysAGraphOnCuda) {
   if (!torch::cuda::is_available()) GTEST_SKIP() << "needs a CUDA device";
   expect_decodes_as_the_full_forward(torch::kCUDA, FfnMode::kDense);
+}
+
+// In bf16, where CUDA has the sparse path: a replayed step has the bits of one that is not
+// captured, in the same slot.
+TEST(Decoder, ReplaysTheSameBitsOnCuda) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "needs a CUDA device";
+  const torch::InferenceMode inference;
+  constexpr int64_t kPrompt = 9, kLength = 64;
+  const Tensor tokens = some_tokens(1, kLength)[0];
+  for (const FfnMode ffn : {FfnMode::kDense, FfnMode::kTwell, FfnMode::kAuto}) {
+    const auto create = [] {
+      return Llama::create(small_config(), 7, torch::kBFloat16, torch::kCUDA);
+    };
+    Llama captured = create(), uncaptured = create();
+    Decoder decoder(captured, ffn, kLength);
+    KvCache cache(kLength);
+    ForwardOptions options;
+    options.ffn = ffn;
+    options.cache = &cache;
+    const auto logits_after = [&](const Tensor& some) {
+      const Tensor batch = some.unsqueeze(0).to(torch::kCUDA);
+      return uncaptured.logits(uncaptured.forward(batch, options)[0][-1]);
+    };
+    const Tensor prompt = tokens.narrow(0, 0, kPrompt);
+    ASSERT_TRUE(decoder.prefill(prompt).equal(logits_after(prompt))) << name_of(ffn);
+    uncaptured.reserve(cache, kLength);
+    cache.slot = torch::zeros({1}, torch::TensorOptions(torch::kInt64).device(torch::kCUDA));
+    for (int64_t at = kPrompt; at < kLength; ++at) {
+      cache.slot.fill_(at);
+      const Tensor want = logits_after(tokens.narrow(0, at, 1));
+      const Tensor got = decoder.step(tokens[at].item<int64_t>());
+      ASSERT_TRUE(got.equal(want))
+          << name_of(ffn) << " at " << at << " by " << difference(got, want);
+    }
+  }
 }
 
 TEST(Llama, DenseAndTwellAgree) {

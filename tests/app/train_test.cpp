@@ -2,6 +2,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <filesystem>
@@ -463,6 +464,35 @@ TEST_F(Training, NoStepWaitsForTheDevice) {
     };
     EXPECT_EQ(waits(40), waits(20)) << ffn;
   }
+}
+
+// On a GPU the host is a step ahead, so that the time of a line's last step may be the next line's;
+// evaluating waits for it. Steps of one speed must be told as such on both sides of that.
+TEST_F(Training, SpeedIsEvenAroundEvaluationsOnAGpu) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "there is no GPU";
+  TrainRun r = run("speed");
+  r.device = torch::kCUDA;
+  r.options.ffn = "dense";
+  r.options.context = 1024;
+  r.options.batch = 64;  // much longer for the GPU than for the host that queues them
+  r.options.hidden = 1024;
+  r.options.neurons = 4096;
+  r.options.heads = r.options.kv_heads = 16;
+  r.options.steps = 40;
+  r.options.log_every = 2;
+  r.options.eval_every = 4;
+  r.options.checkpoint_every = 1000;
+  train(r);
+  std::istringstream lines(contents(r.folder / "metrics.jsonl"));
+  std::vector<double> rates;
+  for (std::string text; std::getline(lines, text);) {
+    const auto line = nlohmann::json::parse(text);
+    if (line["step"].get<int64_t>() <= 10) continue;  // they warm up
+    rates.push_back(line["tokens_per_second"].get<double>());
+  }
+  ASSERT_EQ(rates.size(), 15u);
+  EXPECT_LT(*std::max_element(rates.begin(), rates.end()),
+            1.5 * *std::min_element(rates.begin(), rates.end()));
 }
 
 #ifdef TWELL_LIBTORCH_CUDA

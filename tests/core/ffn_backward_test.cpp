@@ -2,11 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/support.h"
@@ -105,11 +108,24 @@ Oracle oracle(const Case<T>& c) {
   return out;
 }
 
+// `count` of a case's tokens, from `first` on.
+template <class T>
+Case<T> part_of(const Case<T>& whole, std::int64_t first, std::int64_t count) {
+  Case<T> part = whole;
+  part.problem.tokens = count;
+  for (std::vector<T>* rows : {&part.x, &part.grad_y}) {
+    const auto begin = rows->begin() + first * whole.problem.hidden;
+    *rows = std::vector<T>(begin, begin + count * whole.problem.hidden);
+  }
+  return part;
+}
+
 // A forward that saves, then any number of backwards.
 template <class T>
 class Pass {
  public:
   Pass(const Case<T>& c, Device device) : case_(c) {
+    poison_weight_gradients();
     plan_ = sparse_plan(c.problem, device, /*training=*/true);
     saved_ = std::make_unique<Buffer>(plan_.saved_bytes);
     Buffer y(c.x.size() * sizeof(T));
@@ -126,12 +142,33 @@ class Pass {
 
   // The gradients named by a letter of `wanted`: x, g, u, d.
   void backward(const std::string& wanted = "xgud") {
+    poison_weight_gradients();
+    run(wanted, false);
+  }
+
+  // Those of the weights are added to what they hold.
+  void accumulate(const std::string& wanted = "xgud") { run(wanted, true); }
+  void hold(const std::vector<T>& values) {
+    for (Buffer* gradient : {gate.get(), up.get(), down.get()}) {
+      std::copy(values.begin(), values.end(), gradient->template as<T>());
+    }
+  }
+
+  bool gated() const { return plan_.problem.kind == FfnKind::kGated; }
+  const FfnPlan& plan() const { return plan_; }
+
+  std::unique_ptr<Buffer> x, gate, up, down;
+
+ private:
+  void poison_weight_gradients() {
+    for (std::unique_ptr<Buffer>* gradient : {&gate, &up, &down}) {
+      *gradient = std::make_unique<Buffer>(case_.up.size() * sizeof(T));
+    }
+  }
+
+  void run(const std::string& wanted, bool accumulate) {
     const Buffer saved_before = *saved_;
-    const std::size_t weight_bytes = case_.up.size() * sizeof(T);
     x = std::make_unique<Buffer>(case_.x.size() * sizeof(T));
-    gate = std::make_unique<Buffer>(weight_bytes);
-    up = std::make_unique<Buffer>(weight_bytes);
-    down = std::make_unique<Buffer>(weight_bytes);
     Buffer workspace(plan_.backward_workspace_bytes);
     const auto want = [&](char name, Buffer& buffer) {
       return wanted.find(name) == std::string::npos ? nullptr : buffer.data();
@@ -147,6 +184,7 @@ class Pass {
     args.grad_gate = gated() ? want('g', *gate) : nullptr;
     args.grad_up = want('u', *up);
     args.grad_down = want('d', *down);
+    args.accumulate = accumulate;
     args.workspace = workspace.data();
     const Status status = ffn_backward(plan_, args);
     EXPECT_TRUE(status.ok()) << status.message();
@@ -156,12 +194,6 @@ class Pass {
     EXPECT_TRUE(*saved_ == saved_before) << "the saved buffer was written";
   }
 
-  bool gated() const { return plan_.problem.kind == FfnKind::kGated; }
-  const FfnPlan& plan() const { return plan_; }
-
-  std::unique_ptr<Buffer> x, gate, up, down;
-
- private:
   const Case<T>& case_;
   FfnPlan plan_;
   std::unique_ptr<Buffer> saved_;
@@ -170,8 +202,8 @@ class Pass {
 // u is rounded to T, then dg, du or h, then the gradient: three roundings; sums lose a little more.
 // What has no terms, such as a silent neuron's gradient, must be exactly 0.
 template <class T>
-void expect_matches(const char* name, const Gradient& want, Buffer& got) {
-  const double tolerance = 3.1 * kEpsilon<T> + kSummingError<T>;
+void expect_matches(const char* name, const Gradient& want, Buffer& got, int roundings = 3) {
+  const double tolerance = (roundings + 0.1) * kEpsilon<T> + kSummingError<T>;
   const T* values = got.as<T>();
   for (std::size_t i = 0; i < want.value.size(); ++i) {
     const double value = value_of(values[i]);
@@ -321,6 +353,91 @@ TYPED_TEST(FfnBackward, EachOutputIsOptional) {
       expect('u', *some.up, *all.up);
       expect('d', *some.down, *all.down);
       if (kind == FfnKind::kGated) expect('g', *some.gate, *all.gate);
+    }
+  }
+}
+
+// What gradients hold before a pass adds to them, exact in every type.
+template <class T>
+std::vector<T> old_values(std::size_t count) {
+  std::mt19937_64 random(3);
+  std::vector<T> values(count);
+  for (T& v : values) {
+    const int size = static_cast<int>(random() % 24) - 12;
+    assign(v, std::ldexp(static_cast<double>(random() % 255) - 127, size));
+  }
+  return values;
+}
+
+template <class T>
+void expect_old(const std::vector<T>& old, Buffer& got, std::int64_t first, std::int64_t count) {
+  EXPECT_EQ(std::memcmp(old.data() + first, got.as<T>() + first, count * sizeof(T)), 0);
+}
+
+TYPED_TEST(FfnBackward, AddsToWhatTheGradientsHold) {
+  constexpr std::int64_t kHidden = 24, kNeurons = 40, kSilent = 7;
+  for (const FfnKind kind : kKinds) {
+    for (const double density : {0.0, 0.1, 1.0}) {
+      for (const std::int64_t tokens : {0, 1, 129, 4097}) {
+        Case<TypeParam> c(kind, tokens, kHidden, kNeurons, density);
+        c.set_density(kSilent, 0);
+        std::vector<TypeParam> old = old_values<TypeParam>(c.up.size());
+        assign(old[3], kNan);
+        assign(old[4], -kInfinity);
+        Oracle want = oracle(c);
+        for (Gradient* gradient : {&want.gate, &want.up, &want.down}) {
+          for (std::size_t i = 0; i < old.size(); ++i) gradient->add(i, value_of(old[i]));
+        }
+        for (const CpuIsa isa : machine_isas()) {
+          SCOPED_TRACE(describe(c, isa) + ", density " + std::to_string(density));
+          Pass<TypeParam> one(c, device_of(isa, 1)), three(c, device_of(isa, 3));
+          for (Pass<TypeParam>* run : {&one, &three}) {
+            run->hold(old);
+            run->accumulate();
+          }
+          expect_matches(want, one);
+          expect_same_bits(one, three);
+          const bool any = tokens > 0;
+          for (Buffer* gradient : {one.gate.get(), one.up.get(), one.down.get()}) {
+            expect_old(old, *gradient, any ? kSilent * kHidden : 0, any ? kHidden : c.up.size());
+          }
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(FfnBackward, AccumulatesOnlyWhatIsWanted) {
+  const Case<TypeParam> c(FfnKind::kGated, 150, 24, 72, 0.4);
+  const std::vector<TypeParam> old = old_values<TypeParam>(c.up.size());
+  Pass<TypeParam> all(c, cpu_device(2)), some(c, cpu_device(2));
+  for (Pass<TypeParam>* run : {&all, &some}) run->hold(old);
+  all.accumulate();
+  some.accumulate("ud");
+  expect_old(old, *some.gate, 0, c.up.size());
+  EXPECT_TRUE(*some.up == *all.up);
+  EXPECT_TRUE(*some.down == *all.down);
+}
+
+// The first part's gradients are rounded once more.
+TYPED_TEST(FfnBackward, AccumulatesPartsToTheWhole) {
+  for (const FfnKind kind : kKinds) {
+    for (const double density : {0.05, 0.6}) {
+      const Case<TypeParam> whole(kind, 300, 24, 72, density);
+      const Case<TypeParam> first = part_of(whole, 0, 170), second = part_of(whole, 170, 130);
+      const Oracle want = oracle(whole);
+      for (const CpuIsa isa : machine_isas()) {
+        SCOPED_TRACE(describe(whole, isa));
+        Pass<TypeParam> earlier(first, device_of(isa, 2)), run(second, device_of(isa, 2));
+        earlier.backward();
+        run.gate = std::move(earlier.gate);
+        run.up = std::move(earlier.up);
+        run.down = std::move(earlier.down);
+        run.accumulate();
+        if (run.gated()) expect_matches<TypeParam>("gate", want.gate, *run.gate, 4);
+        expect_matches<TypeParam>("up", want.up, *run.up, 4);
+        expect_matches<TypeParam>("down", want.down, *run.down, 4);
+      }
     }
   }
 }

@@ -44,10 +44,38 @@ TEST(PlanCuda, PicksDenseOnlyWhereDenseIsPredictedFaster) {
 
 TEST(PlanCuda, PicksDenseForTheSizesWhereLaunchesDominate) {
   EXPECT_EQ(plan_ffn(problem(1), hopper())->path, FfnPath::kSparse);
-  EXPECT_EQ(plan_ffn(problem(64), hopper())->path, FfnPath::kSparse);  // the last for few tokens
+  EXPECT_EQ(plan_ffn(problem(32), hopper())->path, FfnPath::kSparse);  // the last in one group
   EXPECT_EQ(plan_ffn(problem(65), hopper())->path, FfnPath::kDense);
   EXPECT_EQ(plan_ffn(problem(128), hopper())->path, FfnPath::kDense);
   EXPECT_EQ(plan_ffn(problem(4096), hopper())->path, FfnPath::kSparse);
+}
+
+// With every neuron equally active; by the H200's times (ms, dense and sparse) in CUDA graphs.
+TEST(PlanCuda, WeighsTheRowsThatFewTokensUse) {
+  const struct {
+    double share;
+    std::int64_t tokens;
+    double dense_ms, sparse_ms;
+  } measured[] = {
+      {0.5, 1, 0.0325, 0.0311},   {0.5, 4, 0.0324, 0.0469},   {0.5, 16, 0.0331, 0.0525},
+      {0.5, 32, 0.0338, 0.0635},  {0.5, 64, 0.0360, 0.1012},  {0.2, 1, 0.0326, 0.0189},
+      {0.2, 4, 0.0324, 0.0334},   {0.2, 16, 0.0329, 0.0510},  {0.2, 64, 0.0360, 0.0971},
+      {0.05, 1, 0.0303, 0.0144},  {0.05, 4, 0.0323, 0.0184},  {0.05, 16, 0.0329, 0.0353},
+      {0.05, 32, 0.0337, 0.0499}, {0.05, 64, 0.0361, 0.0778},
+  };
+  for (const auto& m : measured) {
+    PlanOptions options;
+    options.expected_active = m.share * 5632;
+    const FfnPlan plan = plan_ffn(problem(m.tokens), hopper(), options).value();
+    SCOPED_TRACE(std::to_string(m.tokens) + " tokens, active " + std::to_string(m.share));
+    EXPECT_EQ(plan.path, m.dense_ms > m.sparse_ms ? FfnPath::kSparse : FfnPath::kDense);
+    EXPECT_NEAR(plan.predicted_dense_ms, m.dense_ms, 0.1 * m.dense_ms);
+    EXPECT_NEAR(plan.predicted_sparse_ms, m.sparse_ms, 0.1 * m.sparse_ms);
+    // A union that is known to be small is believed.
+    options.expected_union = 56;
+    EXPECT_LT(plan_ffn(problem(m.tokens), hopper(), options)->predicted_sparse_ms,
+              plan.predicted_sparse_ms);
+  }
 }
 
 TEST(PlanCuda, BoundsTheWorkspaceForAnyNumberOfTokens) {
@@ -161,6 +189,25 @@ TEST(PlanCuda, RefusesByName) {
   EXPECT_NE(message(wide, hopper()).find("dtype is float32"), std::string::npos);
   EXPECT_NE(message(problem(65), with_capability(75)).find("compute_capability is 75"),
             std::string::npos);
+}
+
+// PyTorch's products run where twell's kernels do not.
+TEST(PlanCuda, LeavesToDenseWhatItDoesNotOffer) {
+  FfnProblem wide = problem(4096);
+  wide.dtype = DType::kFloat32;
+  PlanOptions options;
+  options.expected_active = 0;
+  for (const bool training : {false, true}) {
+    options.training = training;
+    EXPECT_EQ(plan_ffn(wide, hopper(), options)->path, FfnPath::kDense);
+    for (const int capability : {61, 70, 75}) {
+      for (const std::int64_t tokens : {1, 64, 4096}) {
+        EXPECT_EQ(plan_ffn(problem(tokens), with_capability(capability), options)->path,
+                  FfnPath::kDense)
+            << capability << ", " << tokens << " tokens";
+      }
+    }
+  }
 }
 
 TEST(PlanCuda, OffersEveryGpuSinceAmpere) {

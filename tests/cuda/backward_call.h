@@ -44,6 +44,18 @@ struct TrainingBlock : Block {
 
 struct Gradients {
   std::vector<double> x, gate, up, down;
+
+  // What those of the weights become if they are added to `old`, if there is one.
+  template <class Round>
+  Gradients added_to(const std::vector<bf16>& old, const Round& round) const {
+    Gradients sums = *this;
+    for (std::vector<double>* sum : {&sums.gate, &sums.up, &sums.down}) {
+      for (std::size_t i = 0; i < std::min(old.size(), sum->size()); ++i) {
+        (*sum)[i] = round((*sum)[i] + to_float(old[i]));
+      }
+    }
+    return sums;
+  }
 };
 
 inline double no_rounding(double value) { return value; }
@@ -120,6 +132,7 @@ inline FfnPlan training_plan(const FfnProblem& problem, const Device& device, in
 struct TrainingCall {
   Call forward;
   DeviceBuffer saved, grad_y, grad_l1, grad_x, grad_gate, grad_up, grad_down, workspace;
+  bool accumulate = false;
 
   TrainingCall(const FfnPlan& plan, const TrainingBlock& block)
       : forward(plan, block),
@@ -146,6 +159,14 @@ struct TrainingCall {
     }
   }
 
+  // Adds the gradients of the weights to `old`, if there is one.
+  void accumulate_into(const std::vector<bf16>& old) {
+    accumulate = !old.empty();
+    if (forward.plan.problem.kind == FfnKind::kGated) grad_gate.upload(old);
+    grad_up.upload(old);
+    grad_down.upload(old);
+  }
+
   FfnBackwardArgs arguments(cudaStream_t stream = nullptr) const {
     const bool gated = forward.plan.problem.kind == FfnKind::kGated;
     FfnBackwardArgs args;
@@ -158,6 +179,7 @@ struct TrainingCall {
     args.grad_gate = gated ? grad_gate.as() : nullptr;
     args.grad_up = grad_up.as();
     args.grad_down = grad_down.as();
+    args.accumulate = accumulate;
     args.workspace = workspace.as();
     args.stream = stream;
     return args;
@@ -202,40 +224,45 @@ inline void expect_lists(const TrainingCall& call, std::int64_t active) {
 
 class CudaBackward : public GpuTest {
  protected:
-  // The gradients against float64, and against the error of PyTorch's.
+  // The gradients, added to `old`, against float64, and against the error of PyTorch's.
   void check(const TrainingBlock& block, const std::string& name, int chunk_tokens = 0,
-             double saved_share = kAsPlanned) {
-    const Gradients exact = dense_gradients(block, no_rounding);
-    const Gradients pytorch = dense_gradients(block, to_nearest_bf16);
+             double saved_share = kAsPlanned, const std::vector<bf16>& old = {}) {
+    const Gradients exact = dense_gradients(block, no_rounding).added_to(old, no_rounding);
+    const Gradients pytorch =
+        dense_gradients(block, to_nearest_bf16).added_to(old, to_nearest_bf16);
     const std::int64_t active = block.active_pairs();
     for (const Device& device : devices) {
       SCOPED_TRACE(name + " as sm_" + std::to_string(device.compute_capability));
       TrainingCall call(training_plan(block.problem, device, chunk_tokens, saved_share), block);
+      call.accumulate_into(old);
       const Status status = call.run();
       ASSERT_TRUE(status.ok()) << status.message();
       require_cuda(cudaDeviceSynchronize());
       const std::int64_t hidden = block.problem.hidden;
-      expect_close("x", call.grad_x, exact.x, pytorch.x, hidden);
-      if (block.gated()) expect_close("gate", call.grad_gate, exact.gate, pytorch.gate, hidden);
-      expect_close("up", call.grad_up, exact.up, pytorch.up, hidden);
-      expect_close("down", call.grad_down, exact.down, pytorch.down, hidden);
+      expect_close("x", call.grad_x, exact.x, pytorch.x, hidden, {});
+      if (block.gated()) {
+        expect_close("gate", call.grad_gate, exact.gate, pytorch.gate, hidden, old);
+      }
+      expect_close("up", call.grad_up, exact.up, pytorch.up, hidden, old);
+      expect_close("down", call.grad_down, exact.down, pytorch.down, hidden, old);
       expect_lists(call, active);
       call.expect_guards_intact();
     }
   }
 
   // Where all sums are exact and only the gradients themselves are rounded, they are the nearest
-  // bf16, in chunks or not.
-  void check_exact(const FfnProblem& problem, int chunk_tokens = 0,
-                   double saved_share = kAsPlanned) {
+  // bf16, in chunks or not, added to `old` or not.
+  void check_exact(const FfnProblem& problem, int chunk_tokens = 0, double saved_share = kAsPlanned,
+                   const std::vector<bf16>& old = {}) {
     TrainingBlock block(problem.kind, problem.tokens, problem.hidden, problem.neurons, 0.5);
     block.make_small();
-    const Gradients exact = dense_gradients(block, no_rounding);
+    const Gradients exact = dense_gradients(block, no_rounding).added_to(old, no_rounding);
     const std::int64_t active = block.active_pairs();
     for (const Device& device : devices) {
       SCOPED_TRACE(name_of(problem, 0.5) + " as sm_" + std::to_string(device.compute_capability) +
                    " in chunks of " + std::to_string(chunk_tokens));
       TrainingCall call(training_plan(problem, device, chunk_tokens, saved_share), block);
+      call.accumulate_into(old);
       ASSERT_TRUE(call.run().ok());
       expect_nearest("x", call.grad_x, exact.x);
       expect_nearest("gate", call.grad_gate, exact.gate);
@@ -255,22 +282,23 @@ class CudaBackward : public GpuTest {
   }
 
   // A row that is 0 in both, of a token or neuron that takes no part, must be 0; elsewhere a 0 can
-  // come of terms that cancel, and only the error counts.
+  // come of terms that cancel, and only the error counts. So with a row of `old`, instead of 0.
   static void expect_close(const char* name, const DeviceBuffer& buffer,
                            const std::vector<double>& exact, const std::vector<double>& pytorch,
-                           std::int64_t hidden) {
+                           std::int64_t hidden, const std::vector<bf16>& old) {
+    const auto start = [&](std::size_t i) { return old.empty() ? 0.0 : to_float(old[i]); };
     const std::vector<bf16> got = buffer.download<bf16>();
     double error = 0, allowed = 0;
     for (std::size_t row = 0; row < exact.size(); row += hidden) {
-      bool zero = true;
+      bool unchanged = true;
       for (std::size_t i = row; i < row + hidden; ++i) {
         const double value = to_float(got[i]);
-        zero &= exact[i] == 0 && pytorch[i] == 0;
+        unchanged &= exact[i] == start(i) && pytorch[i] == start(i);
         error += (value - exact[i]) * (value - exact[i]);
         allowed += (pytorch[i] - exact[i]) * (pytorch[i] - exact[i]);
       }
-      for (std::size_t i = row; zero && i < row + hidden; ++i) {
-        ASSERT_EQ(to_float(got[i]), 0) << "grad_" << name << " element " << i;
+      for (std::size_t i = row; unchanged && i < row + hidden; ++i) {
+        ASSERT_EQ(to_float(got[i]), start(i)) << "grad_" << name << " element " << i;
       }
     }
     EXPECT_LE(std::sqrt(error), 1.1 * std::sqrt(allowed)) << "grad_" << name;

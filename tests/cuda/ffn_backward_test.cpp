@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -402,6 +403,96 @@ TEST_F(CudaBackward, SpreadsNanOfADecidingWeight) {
       TrainingCall call(training_plan(alone.problem, device), alone);
       ASSERT_TRUE(call.run().ok());
       EXPECT_EQ(list_entries(call), 150);
+    }
+  }
+}
+
+// What gradients hold before a pass adds to them: about their size, and eighths, so that exact sums
+// stay exact.
+std::vector<bf16> old_gradients(const TrainingBlock& block) {
+  std::mt19937_64 random(13);
+  std::vector<bf16> values(block.up.size());
+  for (bf16& v : values) v = to_bf16((static_cast<float>(random() % 255) - 127) / 8);
+  return values;
+}
+
+// By lists and, on Hopper, dense; in one round and in many.
+TEST_F(CudaBackward, AddsToWhatTheGradientsHold) {
+  for (const FfnKind kind : kKinds) {
+    for (const double density : {0.0, 0.01, 0.5}) {
+      for (const std::int64_t tokens : {0, 1, 600}) {
+        TrainingBlock block(kind, tokens, 72, 264, density);
+        block.set_bias(70, -3.5f);
+        for (const int chunk_tokens : {0, 128}) {
+          check(block, name_of(block.problem, density) + " in chunks", chunk_tokens, kAsPlanned,
+                old_gradients(block));
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaBackward, RoundsOnceWhenItAccumulates) {
+  for (const FfnKind kind : kKinds) {
+    const TrainingBlock block(kind, 600, 8, 72, 0.5);
+    for (const int chunk_tokens : {0, 128}) {
+      check_exact(block.problem, chunk_tokens, kAsPlanned, old_gradients(block));
+    }
+  }
+}
+
+TEST_F(CudaBackward, AccumulatesOnlyWhatIsWantedWithTheSameBits) {
+  for (const double density : {0.01, 0.5}) {
+    const TrainingBlock block(FfnKind::kGated, 600, 24, 72, density);
+    const std::vector<bf16> old = old_gradients(block);
+    for (const Device& device : devices) {
+      const FfnPlan plan = training_plan(block.problem, device, 128);
+      TrainingCall call(plan, block);
+      call.accumulate_into(old);
+      ASSERT_TRUE(call.run().ok());
+      TrainingCall some(plan, block);
+      some.accumulate_into(old);
+      const auto before = some.gradients();
+      ASSERT_TRUE(some.forward.run(nullptr, some.saved.as()).ok());
+      FfnBackwardArgs args = some.arguments();
+      args.grad_x = args.grad_up = nullptr;
+      ASSERT_TRUE(ffn_backward(plan, args).ok());
+      const auto all = call.gradients(), got = some.gradients();
+      for (const int i : {0, 2}) EXPECT_EQ(got[i], before[i]) << i;
+      for (const int i : {1, 3}) EXPECT_EQ(got[i], all[i]) << i;
+      some.expect_guards_intact();
+    }
+  }
+}
+
+// Of a gradient, and of what is added to it: active pairs, and silent ones.
+TEST_F(CudaBackward, AccumulatesNanAndInfinity) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const double density : {0.01, 0.5}) {
+    TrainingBlock good(FfnKind::kGated, 600, 24, 72, density);
+    good.set_bias(40, 3.5f);
+    good.x[50 * 24] = to_bf16(-8.0f);  // but for this token
+    std::vector<bf16> old = old_gradients(good);
+    old[3] = to_bf16(nan);
+    old[40 * 24 + 4] = to_bf16(infinity);
+    old[71 * 24 + 5] = to_bf16(-infinity);
+    TrainingBlock bad_x = good, bad_up = good;
+    bad_x.x[5 * 24 + 3] = to_bf16(nan);
+    bad_up.up[40 * 24 + 3] = to_bf16(infinity);
+    for (const TrainingBlock& block : {good, bad_x, bad_up}) {
+      const Gradients want = dense_gradients(block, no_rounding).added_to(old, no_rounding);
+      for (const Device& device : devices) {
+        SCOPED_TRACE(name_of(block.problem, density) + " as sm_" +
+                     std::to_string(device.compute_capability));
+        TrainingCall call(training_plan(block.problem, device, 128), block);
+        call.accumulate_into(old);
+        ASSERT_TRUE(call.run().ok());
+        expect_same_classes(call, want);
+        if (cuda::is_hopper(device)) {
+          EXPECT_EQ(list_entries(call) == 0, density == 0.5);
+        }
+      }
     }
   }
 }

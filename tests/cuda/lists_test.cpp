@@ -589,6 +589,7 @@ TEST_P(CudaLists, WordsMatchTheEncoder) {
     ASSERT_TRUE(encoded.ok());
     EXPECT_EQ(words.download<std::uint32_t>(), want);
     EXPECT_TRUE(words.guard_intact());
+    EXPECT_TRUE(overflow.guard_intact());
     EXPECT_EQ(overflow.download<std::int64_t>()[0], encoded->tile_rows);
   }
 }

@@ -70,9 +70,11 @@ void for_each_element(const TokenLists& lists, int block, int hidden, Make&& mak
   }
 }
 
-float kept(const Matrix& matrix, std::int64_t at) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(matrix.grad[at]) << 16 |
-                             static_cast<std::uint32_t>(matrix.low[at]) << 8;
+// What a sum is added to: the sums kept so far, or what the gradient holds.
+float start(const Matrix& matrix, std::int64_t at, bool has_kept, bool accumulate) {
+  if (!has_kept && !accumulate) return 0;
+  std::uint32_t bits = static_cast<std::uint32_t>(matrix.grad[at]) << 16;
+  if (has_kept) bits |= static_cast<std::uint32_t>(matrix.low[at]) << 8;
   return __builtin_bit_cast(float, bits);
 }
 
@@ -322,7 +324,7 @@ Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& list
         multiply(sums, stage_of(chunk, lists, block, half), matrix, hidden);
       }
       for_each_element(lists, block, hidden, [&](int i, std::int64_t at, int) {
-        const float sum = chunk.first ? sums[i] : sums[i] + kept(matrix, at);
+        const float sum = sums[i] + start(matrix, at, !chunk.first, gradients.accumulate);
         auto bits = __builtin_bit_cast(std::uint32_t, sum);
         if (!std::isnan(sum)) bits += 0x7fu + (bits >> 8 & 1u);
         matrix.grad[at] = static_cast<std::uint16_t>(bits >> 16);
@@ -345,7 +347,7 @@ Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists
         multiply(sums, stage_of(lists, rows + row), matrix, hidden);
       }
       for_each_element(lists, block, hidden, [&](int i, std::int64_t at, int neuron) {
-        float sum = lists.dense() ? sums[i] + kept(matrix, at) : sums[i];
+        float sum = sums[i] + start(matrix, at, lists.dense(), gradients.accumulate);
         if (lists.silent_nans[neuron] & matrix.nans) sum = __builtin_nanf("");
         matrix.grad[at] = to_bf16(sum).bits;
       });

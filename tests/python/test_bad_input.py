@@ -126,6 +126,25 @@ def test_backward_refuses_what_is_its_own(change, complaint):
     refused(lambda: torch.ops.twell.ffn_backward(*arguments.values()), complaint)
 
 
+@pytest.mark.parametrize(
+    ("gradients", "complaint"),
+    [
+        ((torch.zeros(128, 64), None, None), "grad_gate has dtype Float; it must be BFloat16"),
+        (
+            (None, torch.zeros(64, 128, dtype=BF16), None),
+            r"grad_up has .* it must be .* \[128, 64\]",
+        ),
+        ((None, None, torch.zeros(64, 128, dtype=BF16).t()), "grad_down .* must be contiguous"),
+    ],
+    ids=str,
+)
+def test_accumulating_refuses(gradients, complaint):
+    block = operands()
+    *_, saved = torch.ops.twell.ffn_forward(*block.values(), True)
+    arguments = (torch.zeros(4, 64, dtype=BF16), None, *block.values(), saved, *gradients)
+    refused(lambda: torch.ops.twell.ffn_backward_accumulate(*arguments), complaint)
+
+
 def test_functional_refuses_an_unknown_path():
     with pytest.raises(ValueError, match="path is 'fast'; it must be 'dense' or 'twell'"):
         functional.gated_ffn(*operands().values(), path="fast")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ffn_cases import dense, make_block, reference, relative_error
+from test_accumulate import check_parts, old_gradients
 
 import twell
 from twell import functional
@@ -38,7 +39,22 @@ def test_opcheck(kind):
     torch.library.opcheck(torch.ops.twell.ffn_forward, (*block.operands, False, False))
     saved = torch.ops.twell.ffn_forward(*block.operands, True)[4]
     grads = torch.randn_like(block.x), torch.tensor(0.25, device="cuda")
-    torch.library.opcheck(torch.ops.twell.ffn_backward, (*grads, *block.operands, saved))
+    arguments = (*grads, *block.operands, saved)
+    torch.library.opcheck(torch.ops.twell.ffn_backward, arguments)
+    torch.library.opcheck(
+        torch.ops.twell.ffn_backward_accumulate, (*arguments, *old_gradients(block))
+    )
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+def test_accumulated_parts_add_up_to_the_whole(kind, density):
+    check_parts(make_block(700, 128, 512, kind=kind, density=density).to("cuda"), parts=3)
+
+
+def test_gate_pack_opcheck():
+    block = make_block(37, 64, 264).to("cuda")
+    torch.library.opcheck(torch.ops.twell.gate_pack, (block.x, block.gate, 16))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
@@ -95,3 +111,40 @@ def test_devices_may_not_mix():
     block = make_block(4, 64, 136)
     with pytest.raises(RuntimeError, match="up is on cpu; it must be on the device of x, cuda:0"):
         torch.ops.twell.ffn_forward(block.x.cuda(), *block.operands[1:], False)
+
+
+@pytest.fixture
+def auto_block():
+    torch.manual_seed(0)
+    return twell.GatedFFN(256, 1024, dtype=torch.bfloat16, device="cuda")
+
+
+def test_auto_follows_the_density_without_waiting(auto_block):
+    x = torch.randn(700, 256, device="cuda").bfloat16()
+    with torch.no_grad():
+        auto_block(x)  # before anything is measured
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(40):
+                auto_block(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    active, union = auto_block._expected
+    assert 450 < auto_block.mean_active.item() <= active <= 1024
+    assert 1000 < auto_block.mean_union.item() <= union <= 1024
+
+
+def test_a_captured_block_measures_in_every_replay(auto_block):
+    x = torch.randn(700, 256, device="cuda").bfloat16()
+    with torch.no_grad():
+        for _ in range(3):
+            auto_block(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            auto_block(x)
+        auto_block.gate.zero_()
+        for _ in range(20):
+            graph.replay()
+    auto_block.replan()
+    assert auto_block.mean_active.item() < 1 and auto_block._expected[0] <= 1
+    assert auto_block._calls == 3

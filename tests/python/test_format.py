@@ -155,7 +155,7 @@ def test_plan_knows_the_number_of_threads(set_threads):
         ({"kind": "glu"}, "kind is 'glu'; it must be gated or plain"),
         ({"path": "fast"}, "path is 'fast'; it must be auto, dense or twell"),
         ({"dtype": torch.float16}, "dtype Half; it must be BFloat16, Float or Double"),
-        ({"device": "xla:0"}, "device is 'xla:0'; it must be cpu, cuda or cuda:N"),
+        ({"device": "xla:0"}, "device is 'xla:0'; it must be cpu, cuda, cuda:N or like sm_90x132"),
     ],
     ids=str,
 )

@@ -15,20 +15,27 @@ RUN_TESTS = ROOT / "scripts/run_tests.py"
 # A stand-in for a gtest program: writes the report it is told to and exits as it is told to.
 FAKE_GTEST = """#!/bin/sh
 for argument in "$@"; do
-  case "$argument" in --gtest_output=json:*) report=${argument#--gtest_output=json:} ;; esac
+  case "$argument" in
+    --gtest_output=xml:*) report=${argument#--gtest_output=xml:} ;;
+    --gtest_filter=*) filter=${argument#--gtest_filter=} ;;
+  esac
 done
 %s
 """
 
 REPORT = """cat >"$report" <<'END'
-{"testsuites": [{"name": "Suite", "testsuite": [%s]}]}
+<testsuites><testsuite name="Suite">%s</testsuite></testsuites>
 END
 """
 
 
-def case(name, result="COMPLETED", failed=False):
-    failures = ', "failures": [{"failure": "no"}]' if failed else ""
-    return f'{{"name": "{name}", "result": "{result}"{failures}}}'
+def case(name, inside="", status="run"):
+    """As gtest writes it."""
+    return f'<testcase name="{name}" classname="Suite" status="{status}">{inside}</testcase>'
+
+
+SKIPPED = '<skipped message="tests/a_test.cpp:12&#x0A;there is no GPU" />'
+FAILED = '<failure message="tests/a_test.cpp:13&#x0A;no" />'
 
 
 @pytest.fixture
@@ -54,19 +61,39 @@ def run_tests(tmp_path, *runners, limit="20"):
 
 
 def test_sums_over_runners(tmp_path, program):
-    first = program(REPORT % ", ".join([case("a"), case("b"), case("c", "SKIPPED")]))
+    cases = [case("a"), case("b"), case("c", SKIPPED), case("d", status="notrun")]
+    first = program(REPORT % "".join(cases))
     folder = tmp_path / "python"
     folder.mkdir()
     (folder / "test_ok.py").write_text(
-        "import pytest\ndef test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass\n"
+        "import pytest\ndef test_a(): pass\n"
+        "@pytest.mark.skip(reason='too: late')\ndef test_b(): pass\n"
     )
-    status, lines = run_tests(tmp_path, f"one=gtest:{first}", f"two=pytest:{folder}")
+    runners = f"one=gtest:{first}", f"two=pytest:{folder / 'test_ok.py'}"
+    status, lines = run_tests(tmp_path, "--must-run", *runners)
     assert lines[-1] == "3 passed, 0 failed, 2 skipped"
+    assert "  skipped 1: there is no GPU" in lines and "  skipped 1: too: late" in lines
     assert status == 0
 
 
+def test_skipping_every_test_is_a_failure_where_they_must_run(tmp_path, program):
+    runner = f"one=gtest:{program(REPORT % (case('a', SKIPPED) * 2))}"
+    status, lines = run_tests(tmp_path, runner)
+    assert (status, lines[-1]) == (0, "0 passed, 0 failed, 2 skipped")
+    status, lines = run_tests(tmp_path, "--must-run", runner)
+    assert (status, lines[-1]) == (1, "0 passed, 1 failed, 2 skipped")
+    assert "  skipped 2: there is no GPU" in lines
+    assert "  FAILED one: skipped every test" in lines
+
+
+def test_a_filter_selects_of_a_gtest(tmp_path, program):
+    first = program(REPORT % case("a") + '[ "$filter" = "*Cuda*:*Gpu*" ] || exit 1')
+    assert run_tests(tmp_path, f"one=gtest:{first}:*Cuda*:*Gpu*")[0] == 0
+    assert run_tests(tmp_path, f"one=gtest:{first}")[0] == 1
+
+
 def test_failures_are_named_and_counted(tmp_path, program):
-    first = program(REPORT % ", ".join([case("a"), case("bad", failed=True)]) + "exit 1")
+    first = program(REPORT % (case("a") + case("bad", FAILED)) + "exit 1")
     folder = tmp_path / "python"
     folder.mkdir()
     (folder / "test_no.py").write_text("def test_wrong(): assert 1 == 2\n")
@@ -83,7 +110,7 @@ def test_failures_are_named_and_counted(tmp_path, program):
         ("kill -SEGV $$", "no report"),
         (REPORT % "", "ran no test"),
         (REPORT % case("a") + "exit 3", "status 3"),
-        ("echo '{' >$report", "no report"),
+        ("echo '<' >$report", "no report"),
         ("sleep 60", "still running"),
     ],
     ids=["crash", "empty", "status", "broken report", "time out"],
@@ -218,3 +245,48 @@ def test_two_setups_at_once_make_one_environment(tmp_path):
     both = [subprocess.Popen([ROOT / "scripts/setup"], env=environment) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert log.read_text() == "pip\n"
+
+
+# Stands for the Python that runs the tests: does nothing.
+NO_TESTS = "#!/bin/sh\n"
+
+
+def test_the_tests_say_that_cuda_is_missing(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(NO_TESTS)
+    python.chmod(0o755)
+
+    def output():
+        environment = {**os.environ, "TWELL_BUILD": str(tmp_path), "TWELL_PYTHON": str(python)}
+        command = [ROOT / "scripts/test"]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    assert output().startswith("twell: no CUDA target was built, so no CUDA test runs")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/twell_cuda_sim_tests").touch()
+    assert output() == ""
+
+
+def test_ci_fails_where_cuda_was_lost(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    run = tmp_path / ".ci/run"
+    run.write_text((ROOT / ".ci/run").read_text())
+    run.chmod(0o755)
+    (tmp_path / "Makefile").write_text("test:\n\t@echo tested\n")
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    def ci():
+        done = subprocess.run([run], env=environment, check=False, capture_output=True, text=True)
+        assert done.stdout == "tested\n"
+        return done.returncode, done.stderr
+
+    line = f"twell: {tmp_path}/nvcc is there, but build/tests/twell_cuda_tests was not built\n"
+    assert ci() == (1, line)
+    program = tmp_path / "build/tests/twell_cuda_tests"
+    program.parent.mkdir(parents=True)
+    program.write_text("")
+    program.chmod(0o755)
+    assert ci() == (0, "")

@@ -34,6 +34,12 @@ def test_the_carried_program_needs_only_the_torch_of_python3(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "ratio" in done.stdout
+    if (out / "bin/twell_app_tests").exists():
+        command = [out / "twell_app_tests", "--gtest_filter=Schedule.*"]
+        done = subprocess.run(
+            command, env={"PATH": path}, capture_output=True, text=True, check=True
+        )
+        assert "[  PASSED  ] 1 test." in done.stdout
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/python3").symlink_to("/bin/false")

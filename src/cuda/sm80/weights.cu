@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
           float value = sums[i][j][2 * s + parity];
           if (!sum.first) value += gradient.totals[at];
           if (last) {
+            if (gradient.accumulate) value += __bfloat162float(grad[at]);
             grad[at] = __float2bfloat16_rn(value);
           } else {
             gradient.totals[at] = value;

@@ -1,7 +1,7 @@
 // The gate projection of a chunk on Hopper: a persistent, warp-specialised GEMM of 128 x 256
-// tiles whose epilogue keeps only the columns that some token of a half tile uses. Each of the
-// two consumer warpgroups owns one half (64 tokens) and never waits for the other, so that the
-// epilogue of one runs under the products of the other.
+// tiles that keeps only the columns that some token of a half tile uses. Each of the two consumer
+// warpgroups owns one half (64 tokens). A finished half is packed to bf16 in registers and stored
+// under the products of the next one.
 
 #include <cuda_bf16.h>
 
@@ -83,88 +83,139 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
   }
 }
 
-// Stores the columns of this warpgroup's half that any of its tokens uses.
-__device__ __forceinline__ void store_columns(const float (&acc)[kBlockNeurons / 2],
-                                              std::uint32_t (&warp_masks)[4][kMaskWords],
-                                              const ForwardChunk& chunk, int half_tile, int block,
-                                              int consumer) {
-  const int warp = threadIdx.x / 32 % 4;
-  const int row = threadIdx.x % 32 / 4;
-  const int quad = threadIdx.x % 4;
+// A half tile whose products are done: the columns that some of its tokens use are stored part by
+// part, each part under a stage of the next products.
+class Columns {
+ public:
+  static constexpr int kStores = 8;
+  static constexpr int kParts = 2 + kStores;
 
-  std::uint32_t used[2] = {0, 0};  // bit j: column 8 j + 2 quad + parity
-  if (!is_finite(acc[0]) || !is_finite(acc[2])) used[0] = used[1] = ~0u;
+  __device__ __forceinline__ void take(const float (&acc)[kBlockNeurons / 2], int half_tile,
+                                       int block) {
+    half_tile_ = half_tile;
+    block_ = block;
+    finite_ = is_finite(acc[0]) && is_finite(acc[2]);
 #pragma unroll
-  for (int j = 0; j < 32; ++j) {
+    for (int i = 0; i < kBlockNeurons / 4; ++i) {
+      const float* values = acc + 4 * (i / 2) + i % 2;
+      values_[i] = ptx::pack_relu(values[0], values[2]);
+    }
+  }
+
+  // All threads of the warpgroup call, for each part in turn.
+  template <int kPart>
+  __device__ __forceinline__ void store(std::uint32_t (&warp_masks)[4][kMaskWords],
+                                        const ForwardChunk& chunk, int consumer) {
+    if (half_tile_ < 0) return;
+    if constexpr (kPart == 0) {
+      find_used(warp_masks, chunk);
+    } else if constexpr (kPart == 1) {
+      ptx::named_barrier_sync(1 + consumer, 128);
+      count(warp_masks, chunk);
+    } else if (half_tile_ < 2 * chunk.tiles) {
+      store_groups<kPart - 2>(chunk);
+    }
+  }
+
+ private:
+  static constexpr int kGroups = kBlockNeurons / 8 / kStores;  // of 8 columns, of a store
+
+  // Which columns the warp's 16 tokens use.
+  __device__ __forceinline__ void find_used(std::uint32_t (&warp_masks)[4][kMaskWords],
+                                            const ForwardChunk& chunk) const {
+    std::uint32_t used[2] = {0, 0};  // bit j: column 8 j + 2 quad + parity
+    if (!finite_) used[0] = used[1] = ~0u;
 #pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      // Not <=: a NaN counts as active.
-      if (!(ptx::max_nan(acc[4 * j + parity], acc[4 * j + 2 + parity]) <= 0)) {
-        used[parity] |= 1u << j;
+    for (int j = 0; j < kBlockNeurons / 8; ++j) {
+#pragma unroll
+      for (int parity = 0; parity < 2; ++parity) {
+        if ((values_[2 * j + parity] & 0x7fff7fffu) != 0) used[parity] |= 1u << j;
       }
     }
-  }
-  const int groups = (chunk.neurons - block * kBlockNeurons) / 8;
-  const std::uint32_t exists = groups >= 32 ? ~0u : (1u << groups) - 1;
+    const int groups = (chunk.neurons - block_ * kBlockNeurons) / 8;
+    const std::uint32_t exists = groups >= 32 ? ~0u : (1u << groups) - 1;
 #pragma unroll
-  for (int parity = 0; parity < 2; ++parity) {
-    used[parity] &= exists;
+    for (int parity = 0; parity < 2; ++parity) {
+      used[parity] &= exists;
 #pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      used[parity] |= __shfl_xor_sync(~0u, used[parity], lanes);
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        used[parity] |= __shfl_xor_sync(~0u, used[parity], lanes);
+      }
+    }
+    if (threadIdx.x % 32 < 4) {
+      *reinterpret_cast<uint2*>(&warp_masks[threadIdx.x / 32 % 4][2 * (threadIdx.x % 4)]) =
+          make_uint2(used[0], used[1]);
     }
   }
-  if (row == 0) {
-    *reinterpret_cast<uint2*>(&warp_masks[warp][2 * quad]) = make_uint2(used[0], used[1]);
-  }
-  ptx::named_barrier_sync(1 + consumer, 128);
 
   // Lane j looks after the columns 8 j to 8 j + 7: which are used, and how many are before them.
-  const int lane = threadIdx.x % 32;
-  std::uint32_t words[kMaskWords] = {};
+  __device__ __forceinline__ void count(const std::uint32_t (&warp_masks)[4][kMaskWords],
+                                        const ForwardChunk& chunk) {
+    const int lane = threadIdx.x % 32;
+    std::uint32_t words[kMaskWords] = {};
 #pragma unroll
-  for (int i = 0; i < 4 * kMaskWords; i += 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(&warp_masks[0][0] + i);
-    words[i % kMaskWords] |= four.x;
-    words[i % kMaskWords + 1] |= four.y;
-    words[i % kMaskWords + 2] |= four.z;
-    words[i % kMaskWords + 3] |= four.w;
-  }
-  std::uint32_t mine = 0;
-  int before = 0;
+    for (int i = 0; i < 4 * kMaskWords; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(&warp_masks[0][0] + i);
+      words[i % kMaskWords] |= four.x;
+      words[i % kMaskWords + 1] |= four.y;
+      words[i % kMaskWords + 2] |= four.z;
+      words[i % kMaskWords + 3] |= four.w;
+    }
+    std::uint32_t mine = 0;
+    int before = 0;
 #pragma unroll
-  for (int w = 0; w < kMaskWords; ++w) {
-    mine |= ((words[w] >> lane) & 1u) << w;
-    before += __popc(words[w] & ((1u << lane) - 1));
+    for (int w = 0; w < kMaskWords; ++w) {
+      mine |= ((words[w] >> lane) & 1u) << w;
+      before += __popc(words[w] & ((1u << lane) - 1));
+    }
+    if (half_tile_ < 2 * chunk.tiles && threadIdx.x / 32 % 4 == 0) {
+      reinterpret_cast<std::uint8_t*>(chunk.masks + place(chunk) * kMaskWords)[lane] =
+          static_cast<std::uint8_t>(mine);
+    }
+    groups_ = mine | static_cast<std::uint32_t>(before) << 8;
   }
-  if (half_tile >= 2 * chunk.tiles) return;
-  const std::size_t place = static_cast<std::size_t>(half_tile) * chunk.blocks + block;
-  if (warp == 0) {
-    reinterpret_cast<std::uint8_t*>(chunk.masks + place * kMaskWords)[lane] =
-        static_cast<std::uint8_t>(mine);
-  }
-  mine |= static_cast<std::uint32_t>(before) << 8;
 
-  std::uint32_t* out = chunk.columns + place * kBlockNeurons * kColumnWords + warp * 8 + row;
-  constexpr int kBatch = 8;
+  template <int kStore>
+  __device__ __forceinline__ void store_groups(const ForwardChunk& chunk) const {
+    const int quad = threadIdx.x % 4;
+    const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;
+    std::uint32_t* out = chunk.columns + place(chunk) * kBlockNeurons * kColumnWords + word;
+    std::uint32_t groups[kGroups];
 #pragma unroll
-  for (int first = 0; first < 32; first += kBatch) {
-    std::uint32_t groups[kBatch];
+    for (int i = 0; i < kGroups; ++i) {
+      groups[i] = __shfl_sync(~0u, groups_, kStore * kGroups + i);
+    }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) groups[i] = __shfl_sync(~0u, mine, first + i);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kGroups; ++i) {
       if ((groups[i] & 0xffu) == 0) continue;
-      const float* values = acc + 4 * (first + i);
+      const std::uint32_t* values = values_ + 2 * (kStore * kGroups + i);
       const std::uint32_t pair = groups[i] >> (2 * quad);
       const int rank = (groups[i] >> 8) + __popc(groups[i] & ((1u << (2 * quad)) - 1));
       std::uint32_t* column = out + rank * kColumnWords;
       if (pair & 1u) {
-        *column = ptx::pack_relu(values[0], values[2]);
+        *column = values[0];
         column += kColumnWords;
       }
-      if (pair & 2u) *column = ptx::pack_relu(values[1], values[3]);
+      if (pair & 2u) *column = values[1];
     }
+  }
+
+  __device__ __forceinline__ std::size_t place(const ForwardChunk& chunk) const {
+    return static_cast<std::size_t>(half_tile_) * chunk.blocks + block_;
+  }
+
+  int half_tile_ = -1;  // none
+  int block_;
+  bool finite_;           // the sums of this thread's two tokens
+  std::uint32_t groups_;  // a bit for each of the lane's columns; from bit 8 on how many are before
+  std::uint32_t values_[kBlockNeurons / 4];  // [2 j + parity]: column 8 j + 2 quad + parity
+};
+
+template <int kPart = 0, class Do>
+__device__ __forceinline__ void for_each_part(Do&& make) {
+  if constexpr (kPart < Columns::kParts) {
+    make.template operator()<kPart>();
+    for_each_part<kPart + 1>(make);
   }
 }
 
@@ -173,24 +224,40 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
   const int rank = static_cast<int>(ptx::cluster_cta_rank());
   const int lane = threadIdx.x % 32;
   const int pairs = (chunk.tiles + 1) / 2;
+  const int items = pairs * chunk.blocks;
   const int steps = ceil_div(chunk.hidden, kTileHidden);
+  const auto x = [&](int stage) { return shared.x[stage] + consumer * kHalfTokens * kTileHidden; };
+  const auto weight = [&](int stage) { return shared.weight[stage]; };
+  const auto release = [&](int stage) {
+    if (lane < Config::kCluster) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);
+  };
   float acc[kBlockNeurons / 2];
+  Columns columns;
   Ring<Config::kStages> ring;
   int turn = 0;
 #pragma unroll 1
-  for (int item = blockIdx.x / Config::kCluster; item < pairs * chunk.blocks;
-       item += clusters, turn ^= 1) {
+  for (int item = blockIdx.x / Config::kCluster;; item += clusters, turn ^= 1) {
+    std::uint32_t(&masks)[4][kMaskWords] = shared.masks[turn][consumer];
+    const bool exists = item < items;
+    const bool beside = exists && steps >= Columns::kParts;
+#pragma unroll
+    for (float& value : acc) value = 0;
+    if (beside) {
+      for_each_part([&]<int kPart>() {
+        start_stage<kBlockNeurons, ptx::Major::kInner, ptx::Major::kInner, Filler::kTma>(
+            acc, ring, shared.full, x, weight);
+        columns.store<kPart>(masks, chunk, consumer);
+        finish_stage(ring, release);
+      });
+    } else {
+      for_each_part([&]<int kPart>() { columns.store<kPart>(masks, chunk, consumer); });
+    }
+    if (!exists) return;
+    accumulate<kBlockNeurons, ptx::Major::kInner, ptx::Major::kInner, Filler::kTma>(
+        acc, ring, beside ? steps - Columns::kParts : steps, shared.full, x, weight, release);
     const Piece piece(item, pairs, chunk.blocks);
-    multiply<kBlockNeurons, ptx::Major::kInner, ptx::Major::kInner, Filler::kTma>(
-        acc, ring, steps, shared.full,
-        [&](int stage) { return shared.x[stage] + consumer * kHalfTokens * kTileHidden; },
-        [&](int stage) { return shared.weight[stage]; },
-        [&](int stage) {
-          if (lane < Config::kCluster) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);
-        });
     const int tile = piece.pair * Config::kCluster + rank;
-    store_columns(acc, shared.masks[turn][consumer], chunk, 2 * tile + consumer, piece.block,
-                  consumer);
+    columns.take(acc, 2 * tile + consumer, piece.block);
   }
 }
 

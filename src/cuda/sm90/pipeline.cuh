@@ -33,27 +33,42 @@ struct Ring {
 // Who filled the stages that `multiply` reads.
 enum class Filler { kTma, kTmaAndThreads };
 
-// acc[64, kN] += Σ over `steps` stages of A[64, 64] B[64, kN]. release(stage) hands a stage back.
-// Waits for its own products at each stage: the other consumer's keep the tensor cores busy.
+// Starts acc[64, kN] += A[64, 64] B[64, kN] of the ring's stage; `acc` may not be touched until
+// finish_stage.
+template <int kN, ptx::Major kA, ptx::Major kB, Filler kFiller, int kStages, class A, class B>
+__device__ __forceinline__ void start_stage(float (&acc)[kN / 2], const Ring<kStages>& ring,
+                                            std::uint64_t* full, A&& a, B&& b) {
+  ptx::mbarrier_wait(&full[ring.stage], ring.parity);
+  if (kFiller == Filler::kTmaAndThreads) ptx::fence_async_proxy();
+  const std::uint64_t a_first = ptx::wgmma_descriptor<kA>(a(ring.stage), 0);
+  const std::uint64_t b_first = ptx::wgmma_descriptor<kB>(b(ring.stage), 64 * kTileHidden * 2);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kTileHidden / 16; ++k) {
+    ptx::wgmma<kN, kA, kB>(acc, a_first + k * ptx::kWgmmaAdvance<kA>,
+                           b_first + k * ptx::kWgmmaAdvance<kB>);
+  }
+  ptx::wgmma_commit();
+}
+
+// Waits for the products that were started; release(stage) hands their stage back.
+template <int kStages, class Release>
+__device__ __forceinline__ void finish_stage(Ring<kStages>& ring, Release&& release) {
+  ptx::wgmma_wait<0>();
+  release(ring.stage);
+  ring.advance();
+}
+
+// acc[64, kN] += Σ over `steps` stages of A[64, 64] B[64, kN]. Waits for its own products at each
+// stage: the other consumer's keep the tensor cores busy.
 template <int kN, ptx::Major kA, ptx::Major kB, Filler kFiller, int kStages, class A, class B,
           class Release>
 __device__ __forceinline__ void accumulate(float (&acc)[kN / 2], Ring<kStages>& ring, int steps,
                                            std::uint64_t* full, A&& a, B&& b, Release&& release) {
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step, ring.advance()) {
-    ptx::mbarrier_wait(&full[ring.stage], ring.parity);
-    if (kFiller == Filler::kTmaAndThreads) ptx::fence_async_proxy();
-    const std::uint64_t a_first = ptx::wgmma_descriptor<kA>(a(ring.stage), 0);
-    const std::uint64_t b_first = ptx::wgmma_descriptor<kB>(b(ring.stage), 64 * kTileHidden * 2);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kTileHidden / 16; ++k) {
-      ptx::wgmma<kN, kA, kB>(acc, a_first + k * ptx::kWgmmaAdvance<kA>,
-                             b_first + k * ptx::kWgmmaAdvance<kB>);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    release(ring.stage);
+  for (int step = 0; step < steps; ++step) {
+    start_stage<kN, kA, kB, kFiller>(acc, ring, full, a, b);
+    finish_stage(ring, release);
   }
   ptx::wgmma_pin(acc);
 }

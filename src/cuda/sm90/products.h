@@ -14,13 +14,14 @@ Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int
 Status launch_down(const ForwardChunk& chunk, const void* down, void* y, int multiprocessors,
                    cudaStream_t stream);
 
-// The share of a round in the gradients, kept; nothing if the pass is not dense.
+// The share of a round in the gradients, kept, the first one's with what they held if the pass
+// accumulates; nothing if it is not dense.
 Status launch_dense_gradients(const BackwardChunk& chunk, const TokenLists& lists,
                               const WeightGradients& gradients, int multiprocessors,
                               cudaStream_t stream);
 
-// gradients ← those of all lists, or what was kept of a dense pass. `x`, `dy` of the whole pass;
-// of `chunk` only what is the same for all.
+// gradients ← or += those of all lists, or ← what was kept of a dense pass. `x`, `dy` of the whole
+// pass; of `chunk` only what is the same for all.
 Status launch_list_gradients(const BackwardChunk& chunk, const TokenLists& lists, const void* x,
                              const void* dy, const WeightGradients& gradients, int multiprocessors,
                              cudaStream_t stream);

@@ -53,6 +53,7 @@ struct Gradient {
 struct Call {
   const __nv_bfloat16* sources[2];  // x, dy: of the pass for lists, of the chunk in a dense one
   Gradient gradients[3];
+  bool accumulate;
   int hidden;
   int strips;  // of kColumns
 };
@@ -194,7 +195,7 @@ struct Lists {
   }
   __device__ bool runs() const { return true; }
   // Of a dense pass the lists are empty, and the gradients hold the sums.
-  __device__ bool adds() const { return lists.dense(); }
+  __device__ bool has_kept() const { return lists.dense(); }
 
   // Every other step of an item. A warp spreads the coefficients of 16 rows, which lie side by
   // side.
@@ -297,7 +298,7 @@ struct HalfTiles {
     return sum;
   }
   __device__ bool runs() const { return lists.dense() && chunk.forward.schedule->tiles > 0; }
-  __device__ bool adds() const { return !chunk.first; }
+  __device__ bool has_kept() const { return !chunk.first; }
 
   __device__ __forceinline__ void produce(Shared<kGated>& shared, const Call& call, int block,
                                           int strip, int group, std::uint32_t first_turn) const {
@@ -372,20 +373,21 @@ __device__ __forceinline__ std::uint32_t round_to_24_bits(float value) {
 // The neurons whose sums a thread holds; negative: none.
 using Neurons = int[2];
 
-// Adds the sums kept in `gradient` to `acc`.
-__device__ __forceinline__ void add_kept(float (&acc)[kColumns / 2], const Call& call,
-                                         const Gradient& gradient, const Neurons& neurons,
-                                         int column) {
+// Adds to `acc` the sums kept in `gradient`, or if there are none its values.
+__device__ __forceinline__ void add_old(float (&acc)[kColumns / 2], const Call& call,
+                                        const Gradient& gradient, bool has_kept,
+                                        const Neurons& neurons, int column) {
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
       if (neurons[s] < 0 || column + 8 * j >= call.hidden) continue;
       const std::size_t at = static_cast<std::size_t>(neurons[s]) * call.hidden + column + 8 * j;
-      const float2 kept = join(*reinterpret_cast<const std::uint32_t*>(gradient.rows + at),
-                               *reinterpret_cast<const std::uint16_t*>(gradient.low + at));
-      acc[4 * j + 2 * s] += kept.x;
-      acc[4 * j + 2 * s + 1] += kept.y;
+      const float2 old =
+          join(*reinterpret_cast<const std::uint32_t*>(gradient.rows + at),
+               has_kept ? *reinterpret_cast<const std::uint16_t*>(gradient.low + at) : 0);
+      acc[4 * j + 2 * s] += old.x;
+      acc[4 * j + 2 * s + 1] += old.y;
     }
   }
 }
@@ -443,7 +445,7 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
   const int lane = threadIdx.x % 32;
   const Gradient gradient = call.gradients[matrix];
   const int source = matrix == Config<kGated>::kMatrices - 1;  // h goes with dy
-  const bool adds = work.adds();
+  const bool has_kept = work.has_kept();
   float acc[kColumns / 2];
   Ring<kStages> ring;
   int index = blockIdx.x;
@@ -462,7 +464,9 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
     const std::int32_t* row = work.lists.neurons + block * kRowNeurons + warp * 16 + lane / 4;
     const Neurons neurons = {row[0], row[8]};
     const int column = item.strip * kColumns;
-    if (adds) add_kept(acc, call, gradient, neurons, column + 2 * (lane % 4));
+    if (has_kept || call.accumulate) {
+      add_old(acc, call, gradient, has_kept, neurons, column + 2 * (lane % 4));
+    }
     if constexpr (Work::kLast) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
@@ -482,7 +486,7 @@ __device__ __forceinline__ void consume(Shared<kGated>& shared, const Work& work
 
 template <bool kGated, class Work>
 __global__ void __launch_bounds__(Config<kGated>::kThreads, 1)
-    weights_kernel(const Work work, const Call call, int blocks) {
+    weights_kernel(const Work work, const __grid_constant__ Call call, int blocks) {
   if (!work.runs()) return;
   extern __shared__ std::uint8_t raw[];
   auto& shared = aligned_shared<Shared<kGated>>(raw);
@@ -543,6 +547,7 @@ Call make_call(const BackwardChunk& chunk, const void* x, const void* dy,
   if (chunk.du) add(gradients.gate, gradients.low[0]);
   add(gradients.up, gradients.low[1]);
   add(gradients.down, gradients.low[2]);
+  call.accumulate = gradients.accumulate;
   call.hidden = chunk.forward.hidden;
   call.strips = ceil_div(call.hidden, kColumns);
   return call;
