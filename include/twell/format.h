@@ -18,11 +18,12 @@ namespace twell {
 
 inline constexpr int kTwellTileColumns = 256;
 inline constexpr std::int64_t kTwellMaxColumns = 65536;
+inline constexpr int kTwellMaxSlots = 128;
 
 struct TwellShape {
   std::int64_t rows = 0;     // ≥ 0
   std::int64_t columns = 0;  // 1 to 65,536
-  int slots = 32;            // 8, 16, 32, 64 or 128
+  int slots = 32;            // 8, 16, 32, 64 or kTwellMaxSlots
 
   std::int64_t tiles() const { return (columns + kTwellTileColumns - 1) / kTwellTileColumns; }
   std::int64_t words() const { return rows * tiles() * slots; }

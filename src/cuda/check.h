@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -35,14 +36,25 @@ inline Status require_current(const Device& device, const std::string& function)
               "; permitted: the current CUDA device, " + std::to_string(current)};
 }
 
+// Dynamic shared memory of a launch. The limit that it must be within belongs to the kernel, in all
+// threads of the process: were it set to what each launch needs, another thread could lower it
+// before this one launches. So all launches of a kernel set it to the same, `most`.
+struct SharedBytes {
+  std::size_t bytes;
+  std::size_t most;  // that any launch of the kernel needs
+
+  SharedBytes(std::size_t always) : bytes(always), most(always) {}
+  SharedBytes(std::size_t now, std::size_t at_most) : bytes(now), most(at_most) {}
+};
+
 // Launches `kernel`; a grid of 0 does nothing. `early`: it may start before the previous kernel of
 // the stream ends, and waits for it itself (ptx/grid.cuh).
 template <class... Parameters, class... Arguments>
 Status launch_kernel(bool early, void (*kernel)(Parameters...), dim3 grid, int threads,
-                     std::size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+                     SharedBytes shared, cudaStream_t stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return {};
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
+                                           static_cast<int>(shared.most));
   if (error != cudaSuccess) return check(error, "reserving shared memory");
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -50,7 +62,7 @@ Status launch_kernel(bool early, void (*kernel)(Parameters...), dim3 grid, int t
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = shared.bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = early ? 1 : 0;
@@ -58,9 +70,9 @@ Status launch_kernel(bool early, void (*kernel)(Parameters...), dim3 grid, int t
 }
 
 template <class Kernel, class... Arguments>
-Status launch(Kernel kernel, dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+Status launch(Kernel kernel, dim3 grid, int threads, SharedBytes shared, cudaStream_t stream,
               const Arguments&... arguments) {
-  return launch_kernel(false, kernel, grid, threads, shared_bytes, stream, arguments...);
+  return launch_kernel(false, kernel, grid, threads, shared, stream, arguments...);
 }
 
 }  // namespace twell::cuda

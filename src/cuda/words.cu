@@ -8,11 +8,15 @@
 namespace twell::cuda {
 namespace {
 
+// Rows of slots + 1 words: the odd stride keeps banks apart.
+constexpr std::size_t rows_bytes(int slots) {
+  return static_cast<std::size_t>(kHalfTokens) * (slots + 1) * 4;
+}
+
 __global__ void __launch_bounds__(kHalfTokens)
     words_kernel(const ForwardChunk chunk, std::uint32_t* words, int slots,
                  unsigned long long* overflow) {
-  // [64, slots + 1]: the odd stride keeps banks apart
-  auto* rows = ptx::dynamic_shared<std::uint32_t>();
+  auto* rows = ptx::dynamic_shared<std::uint32_t>();  // [64, slots + 1]
   __shared__ std::uint32_t masks[kMaskWords];
   const int stride = slots + 1;
   const int block = blockIdx.x % chunk.blocks;
@@ -58,9 +62,9 @@ __global__ void __launch_bounds__(kHalfTokens)
 
 Status launch_words(const ForwardChunk& chunk, std::uint32_t* words, int slots,
                     std::int64_t* overflow, cudaStream_t stream) {
-  return launch(words_kernel, 2 * chunk.tiles * chunk.blocks, kHalfTokens,
-                static_cast<std::size_t>(kHalfTokens) * (slots + 1) * 4, stream, chunk, words,
-                slots, reinterpret_cast<unsigned long long*>(overflow));
+  const SharedBytes shared = {rows_bytes(slots), rows_bytes(kTwellMaxSlots)};
+  return launch(words_kernel, 2 * chunk.tiles * chunk.blocks, kHalfTokens, shared, stream, chunk,
+                words, slots, reinterpret_cast<unsigned long long*>(overflow));
 }
 
 }  // namespace twell::cuda

@@ -142,7 +142,7 @@ Status validate(const TwellShape& shape) {
   if (shape.columns < 1 || shape.columns > kTwellMaxColumns) {
     return invalid("columns", shape.columns, "1 to " + std::to_string(kTwellMaxColumns));
   }
-  for (int slots = 8; slots <= 128; slots *= 2) {
+  for (int slots = 8; slots <= kTwellMaxSlots; slots *= 2) {
     if (shape.slots == slots) return {};
   }
   return invalid("slots", shape.slots, "8, 16, 32, 64, 128");

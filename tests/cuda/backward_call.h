@@ -14,9 +14,8 @@
 
 namespace twell {
 
-// A block and the gradients of its outputs. Elements are multiples of 1/16 (x, grad_y) and of 1/64
-// (weights), so that float32 sums of their products are exact, and the same neurons are active for
-// every order of summation.
+// A block with exact sums, and the gradients of its outputs: grad_y's elements are multiples of
+// 1/16 too.
 struct TrainingBlock : Block {
   std::vector<bf16> grad_y;
   float grad_l1 = 0.25f;
@@ -28,9 +27,8 @@ struct TrainingBlock : Block {
     std::normal_distribution<float> normal;
     grad_y.resize(x.size());
     for (bf16& v : grad_y) v = to_bf16(normal(random));
-    snap(x, 16);
     snap(grad_y, 16);
-    for (std::vector<bf16>* weights : {&gate, &up, &down}) snap(*weights, 64);
+    make_sums_exact();
   }
 
   // All elements become -1, 0 or 1: where sums are small, only the gradients themselves are
@@ -41,21 +39,6 @@ struct TrainingBlock : Block {
       for (bf16& v : *values) v = to_bf16(static_cast<float>(random() % 3) - 1);
     }
     grad_l1 = 1;
-  }
-
-  bool gated() const { return problem.kind == FfnKind::kGated; }
-
-  // The neuron is active for every token, or for none, as `value` is positive or negative.
-  void set_bias(std::int64_t neuron, float value) {
-    (gated() ? gate : up)[neuron * problem.hidden] = to_bf16(value);
-  }
-
- private:
-  static void snap(std::vector<bf16>& values, float steps) {
-    const float most = 255 / steps;  // eight bits
-    for (bf16& v : values) {
-      v = to_bf16(std::clamp(std::round(to_float(v) * steps) / steps, -most, most));
-    }
   }
 };
 
@@ -78,35 +61,27 @@ struct Gradients {
 inline double no_rounding(double value) { return value; }
 inline double to_nearest_bf16(double value) { return to_float(to_bf16(static_cast<float>(value))); }
 
-inline std::vector<double> transposed(const std::vector<double>& a, std::int64_t rows,
-                                      std::int64_t columns) {
-  std::vector<double> out(a.size());
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < columns; ++c) out[c * rows + r] = a[r * columns + c];
-  }
-  return out;
-}
-
 // The dense block's backward, from g in bf16. `round` is applied wherever PyTorch's autograd stores
 // a tensor.
 template <class Round>
 Gradients dense_gradients(const TrainingBlock& block, const Round& round) {
   const auto [kind, dtype, tokens, hidden, neurons] = block.problem;
   const auto rounded = [&](std::vector<double> values) {
+#pragma omp parallel for
     for (double& v : values) v = round(v);
     return values;
   };
   // Sums over hidden, over neurons, over tokens.
   const auto to_neurons = [&](const std::vector<bf16>& rows, const std::vector<bf16>& weights) {
-    return rounded(product(widen(rows), widen(weights), tokens, neurons, hidden));
+    return rounded(
+        product(widen(rows), transposed(widen(weights), neurons, hidden), tokens, neurons, hidden));
   };
   const auto to_hidden = [&](const std::vector<double>& rows, const std::vector<bf16>& weights) {
-    return rounded(
-        product(rows, transposed(widen(weights), neurons, hidden), tokens, hidden, neurons));
+    return rounded(product(rows, widen(weights), tokens, hidden, neurons));
   };
   const auto to_weights = [&](const std::vector<double>& rows, const std::vector<bf16>& inputs) {
-    return rounded(product(transposed(rows, tokens, neurons),
-                           transposed(widen(inputs), tokens, hidden), neurons, hidden, tokens));
+    return rounded(
+        product(transposed(rows, tokens, neurons), widen(inputs), neurons, hidden, tokens));
   };
   const bool gated = block.gated();
   const std::vector<double> g = block.gate_values();
@@ -114,6 +89,7 @@ Gradients dense_gradients(const TrainingBlock& block, const Round& round) {
       gated ? to_neurons(block.x, block.up) : std::vector<double>(g.size(), 1);
   const std::vector<double> sums = to_neurons(block.grad_y, block.down);
   std::vector<double> h(g.size()), dg(g.size()), du(g.size());
+#pragma omp parallel for
   for (std::size_t i = 0; i < g.size(); ++i) {
     h[i] = round(g[i] * u[i]);
     const double of_l1 = round(block.grad_l1 * ((h[i] > 0) - (h[i] < 0)));
@@ -142,12 +118,7 @@ constexpr double kAsPlanned = -1, kKeepAll = 9;
 
 inline FfnPlan training_plan(const FfnProblem& problem, const Device& device, int chunk_tokens = 0,
                              double saved_share = kAsPlanned) {
-  PlanOptions options;
-  options.path = FfnPath::kSparse;
-  options.training = true;
-  const Result<FfnPlan> made = plan_ffn(problem, device, options);
-  EXPECT_TRUE(made.ok()) << made.status().message();
-  FfnPlan plan = made.value();
+  FfnPlan plan = sparse_plan(problem, device, true);
   if (saved_share >= 0) plan.saved_bytes = cuda::SavedLayout::bytes(problem, saved_share);
   if (chunk_tokens > 0) {
     plan.chunk_tokens = chunk_tokens;
@@ -174,6 +145,20 @@ struct TrainingCall {
         grad_down(block.down.size() * sizeof(bf16)),
         workspace(plan.backward_workspace_bytes) {}
 
+  // Another block of the same shape.
+  void upload(const TrainingBlock& block) {
+    forward.upload(block);
+    grad_y.upload(block.grad_y);
+    grad_l1.upload(std::vector<float>{block.grad_l1});
+  }
+
+  void poison(cudaStream_t stream = nullptr) {
+    forward.poison(stream);
+    for (DeviceBuffer* buffer : {&saved, &grad_x, &grad_gate, &grad_up, &grad_down, &workspace}) {
+      buffer->poison(stream);
+    }
+  }
+
   // Adds the gradients of the weights to `old`, if there is one.
   void accumulate_into(const std::vector<bf16>& old) {
     accumulate = !old.empty();
@@ -188,7 +173,7 @@ struct TrainingCall {
     args.grad_y = grad_y.as();
     args.grad_l1 = grad_l1.as();
     args.x = forward.x.as();
-    args.weights = {gated ? forward.gate.as() : nullptr, forward.up.as(), forward.down.as()};
+    args.weights = forward.weights();
     args.saved = saved.as();
     args.grad_x = grad_x.as();
     args.grad_gate = gated ? grad_gate.as() : nullptr;
@@ -219,6 +204,24 @@ struct TrainingCall {
   }
 };
 
+// On Hopper, the lists' entries after a pass: none if it was dense.
+inline int list_entries(const TrainingCall& call) {
+  const cuda::BackwardLayout layout(call.forward.plan);
+  return call.workspace.download<std::int32_t>()[layout.list_state / 4];
+}
+
+// Whether a pass with so many active (token, neuron) pairs has lists: on Hopper, if they have room.
+inline bool has_lists(const FfnPlan& plan, std::int64_t active) {
+  return cuda::is_hopper(plan.device) && active <= cuda::BackwardLayout(plan).entries;
+}
+
+// That the pass which has run kept to it.
+inline void expect_lists(const TrainingCall& call, std::int64_t active) {
+  const FfnPlan& plan = call.forward.plan;
+  if (!cuda::is_hopper(plan.device) || plan.problem.tokens == 0) return;
+  EXPECT_EQ(list_entries(call), has_lists(plan, active) ? active : 0);
+}
+
 class CudaBackward : public GpuTest {
  protected:
   // The gradients, added to `old`, against float64, and against the error of PyTorch's.
@@ -227,6 +230,7 @@ class CudaBackward : public GpuTest {
     const Gradients exact = dense_gradients(block, no_rounding).added_to(old, no_rounding);
     const Gradients pytorch =
         dense_gradients(block, to_nearest_bf16).added_to(old, to_nearest_bf16);
+    const std::int64_t active = block.active_pairs();
     for (const Device& device : devices) {
       SCOPED_TRACE(name + " as sm_" + std::to_string(device.compute_capability));
       TrainingCall call(training_plan(block.problem, device, chunk_tokens, saved_share), block);
@@ -241,6 +245,7 @@ class CudaBackward : public GpuTest {
       }
       expect_close("up", call.grad_up, exact.up, pytorch.up, hidden, old);
       expect_close("down", call.grad_down, exact.down, pytorch.down, hidden, old);
+      expect_lists(call, active);
       call.expect_guards_intact();
     }
   }
@@ -252,6 +257,7 @@ class CudaBackward : public GpuTest {
     TrainingBlock block(problem.kind, problem.tokens, problem.hidden, problem.neurons, 0.5);
     block.make_small();
     const Gradients exact = dense_gradients(block, no_rounding).added_to(old, no_rounding);
+    const std::int64_t active = block.active_pairs();
     for (const Device& device : devices) {
       SCOPED_TRACE(name_of(problem, 0.5) + " as sm_" + std::to_string(device.compute_capability) +
                    " in chunks of " + std::to_string(chunk_tokens));
@@ -262,6 +268,7 @@ class CudaBackward : public GpuTest {
       expect_nearest("gate", call.grad_gate, exact.gate);
       expect_nearest("up", call.grad_up, exact.up);
       expect_nearest("down", call.grad_down, exact.down);
+      expect_lists(call, active);
     }
   }
 

@@ -74,12 +74,6 @@ TEST_F(CudaBackward, MatchesFloat64InUnevenRounds) {
   }
 }
 
-// On Hopper, the lists' entries after a pass: none if it was dense.
-int list_entries(const TrainingCall& call) {
-  const cuda::BackwardLayout layout(call.forward.plan);
-  return call.workspace.download<std::int32_t>()[layout.list_state / 4];
-}
-
 // A pass has lists as long as they have room for all active pairs: here 16 neurons' of 256.
 TEST_F(CudaBackward, IsDenseFromOneActivePairTooMany) {
   for (const FfnKind kind : kKinds) {
@@ -88,7 +82,7 @@ TEST_F(CudaBackward, IsDenseFromOneActivePairTooMany) {
     for (int t = 0; t < 300; ++t) full.x[t * 24 + 1] = to_bf16(0);
     TrainingBlock over = full;
     over.x[200 * 24 + 1] = to_bf16(7);
-    (over.gated() ? over.gate : over.up)[1 * 24 + 1] = to_bf16(8);
+    over.deciding()[1 * 24 + 1] = to_bf16(8);
     check(full, "as many as there is room for", 128);
     check(over, "one more", 128);
     for (const Device& device : devices) {
@@ -116,6 +110,12 @@ TEST_F(CudaBackward, MatchesFloat64AtUnevenPatterns) {
     heavy_token.x[77 * 64] = to_bf16(-8.0f);  // the bias, the other way round
     check(heavy_token, "one heavy token");
 
+    for (const float bias : {-0.25f, 3.5f}) {  // active at times, in lists, and always, dense
+      TrainingBlock one_block(kind, 300, 64, 776, 0);
+      for (int n = 256; n < 512; ++n) one_block.set_bias(n, bias);
+      check(one_block, "one block of neurons, bias " + std::to_string(bias));
+    }
+
     TrainingBlock one_tile(kind, 300, 64, 136, 1);
     for (std::int64_t t = 0; t < 300; ++t) {
       if (t / 128 != 1) one_tile.x[t * 64] = to_bf16(-8.0f);
@@ -129,9 +129,8 @@ TEST_F(CudaBackward, GathersAStepThatIsAdjacentAtItsEndsOnly) {
   for (const FfnKind kind : kKinds) {
     TrainingBlock block(kind, 128, 72, 136, 1);
     for (std::int64_t t = 0; t < 128; ++t) block.x[t * 72 + 1] = to_bf16(t < 64 ? 0.0f : -8.0f);
-    std::vector<bf16>& deciding = block.gated() ? block.gate : block.up;
     for (std::int64_t n = 0; n < 136; ++n) {
-      deciding[n * 72 + 1] = to_bf16(n == 0 || n == 10 ? 3.5f : 0.0f);
+      block.deciding()[n * 72 + 1] = to_bf16(n == 0 || n == 10 ? 3.5f : 0.0f);
     }
     for (const double share : {0.0, kKeepAll}) {
       check(block, "neurons 0 and 10 of the first half alone", 0, share);
@@ -516,18 +515,17 @@ TEST_F(CudaBackward, LeavesTheWeightsOfASilentNeuronUnread) {
 }
 
 TEST_F(CudaBackward, IsBitwiseReproducible) {
-  const TrainingBlock block(FfnKind::kGated, 300, 40, 136, 0.1);
-  for (const Device& device : devices) {
-    TrainingCall call(training_plan(block.problem, device, 256, 0.5), block);
-    ASSERT_TRUE(call.run().ok());
-    const auto want = call.gradients();
-    for (int run = 0; run < 3; ++run) {
-      for (DeviceBuffer* buffer : {&call.grad_x, &call.grad_gate, &call.grad_up, &call.grad_down,
-                                   &call.saved, &call.workspace, &call.forward.workspace}) {
-        buffer->poison();
-      }
+  for (const double density : {0.01, 0.1}) {  // in lists, dense
+    const TrainingBlock block(FfnKind::kGated, 300, 40, 136, density);
+    for (const Device& device : devices) {
+      TrainingCall call(training_plan(block.problem, device, 256, 0.5), block);
       ASSERT_TRUE(call.run().ok());
-      EXPECT_EQ(call.gradients(), want);
+      const auto want = call.gradients();
+      for (int run = 0; run < 3; ++run) {
+        call.poison();
+        ASSERT_TRUE(call.run().ok());
+        EXPECT_EQ(call.gradients(), want);
+      }
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -12,11 +13,13 @@
 namespace twell {
 namespace {
 
+constexpr FfnKind kKinds[] = {FfnKind::kGated, FfnKind::kPlain};
+
 TEST_F(CudaForward, MatchesFloat64AtEveryShapeAndDensity) {
   struct Size {
     std::int64_t tokens, hidden, neurons;
   };
-  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+  for (const FfnKind kind : kKinds) {
     for (const Size size : {Size{1, 64, 256},
                             {3, 8, 8},
                             {50, 136, 520},
@@ -40,7 +43,7 @@ TEST_F(CudaForward, MatchesFloat64WithFewTokens) {
   struct Size {
     std::int64_t tokens, hidden, neurons;
   };
-  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+  for (const FfnKind kind : kKinds) {
     for (const Size size : {Size{8, 2048, 152},
                             {7, 2056, 104},
                             {16, 4104, 56},
@@ -62,43 +65,76 @@ TEST_F(CudaForward, MatchesFloat64InChunks) {
   check(Block(FfnKind::kPlain, 600, 40, 776, 0.02), "chunks of 384", 384);
 }
 
-TEST_F(CudaForward, TakesNoTokens) { check(Block(FfnKind::kGated, 0, 64, 256, 0.5), "none"); }
-
-TEST_F(CudaForward, TakesOneHeavyTokenAmongEmptyOnes) {
-  Block block(FfnKind::kGated, 200, 64, 1024, 0.0);
-  block.x[77 * 64] = to_bf16(-8.0f);  // the bias, the other way round
-  check(block, "heavy");
+TEST_F(CudaForward, TakesNoTokens) {
+  for (const FfnKind kind : kKinds) check(Block(kind, 0, 64, 256, 0.5), "none");
 }
 
-TEST_F(CudaForward, TakesActiveNeuronsInOneBlockOnly) {
-  Block block(FfnKind::kGated, 200, 64, 1024, 0.0);
-  for (std::int64_t n = 512; n < 768; ++n) block.gate[n * 64] = to_bf16(4.0f);
-  check(block, "one block");
+TEST_F(CudaForward, MatchesFloat64AtRandomShapes) {
+  std::mt19937_64 random(13);
+  const auto up_to = [&](std::int64_t most) {
+    return static_cast<std::int64_t>(random() % most) + 1;
+  };
+  constexpr double kDensities[] = {0.003, 0.03, 0.3, 1.0};
+  for (int i = 0; i < 20; ++i) {
+    const FfnKind kind = random() % 2 == 0 ? FfnKind::kGated : FfnKind::kPlain;
+    const std::int64_t tokens = up_to(401) - 1, hidden = 8 * up_to(40), neurons = 8 * up_to(60);
+    const double density = kDensities[random() % 4];
+    const Block block(kind, tokens, hidden, neurons, density);
+    check(block, name_of(block.problem, density));
+  }
 }
 
-TEST_F(CudaForward, TakesOneActiveNeuron) {
-  Block block(FfnKind::kGated, 150, 72, 136, 0.0);
-  block.gate[133 * 72] = to_bf16(4.0f);
-  check(block, "one neuron");
+// Blocks in which few neurons or tokens are active, of either kind, for the kernels for few tokens,
+// with one group of them and with two, and for those for many.
+class CudaForwardUneven : public CudaForward {
+ protected:
+  // check(block, name) after change(block), of a block in which no neuron is active.
+  template <class Change>
+  void check_all(std::int64_t hidden, std::int64_t neurons, Change&& change) {
+    for (const FfnKind kind : kKinds) {
+      for (const std::int64_t tokens : {16, 64, 200}) {
+        Block block(kind, tokens, hidden, neurons, 0);
+        change(block);
+        check(block, name_of(block.problem, 0));
+      }
+    }
+  }
+};
+
+TEST_F(CudaForwardUneven, TakesOneHeavyTokenAmongEmptyOnes) {
+  check_all(64, 1024, [](Block& block) {
+    block.x[block.problem.tokens / 3 * 64] = to_bf16(-8.0f);  // the bias, the other way round
+  });
+}
+
+TEST_F(CudaForwardUneven, TakesActiveNeuronsInOneBlockOnly) {
+  check_all(64, 1024, [](Block& block) {
+    for (std::int64_t n = 512; n < 768; ++n) block.set_bias(n, 4.0f);
+  });
+}
+
+TEST_F(CudaForwardUneven, TakesOneActiveNeuron) {
+  check_all(72, 136, [](Block& block) { block.set_bias(133, 4.0f); });
 }
 
 TEST_F(CudaForward, TakesActiveTokensInOneTileOnly) {
-  Block block(FfnKind::kGated, 300, 64, 264, 1.0);
-  for (std::int64_t t = 0; t < 300; ++t) {
-    if (t / 128 != 1) block.x[t * 64] = to_bf16(-8.0f);  // the bias, the other way round
+  for (const FfnKind kind : kKinds) {
+    Block block(kind, 300, 64, 264, 1.0);
+    for (std::int64_t t = 0; t < 300; ++t) {
+      if (t / 128 != 1) block.x[t * 64] = to_bf16(-8.0f);  // the bias, the other way round
+    }
+    check(block, "one tile");
   }
-  check(block, "one tile");
 }
 
 // All 64 neurons of the first step lie side by side, and so do its first and last: but in between
 // neuron 10, which the second half does not use either, comes second.
 TEST_F(CudaForward, GathersAStepThatIsAdjacentAtItsEndsOnly) {
-  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+  for (const FfnKind kind : kKinds) {
     Block block(kind, 128, 72, 136, 1);
     for (std::int64_t t = 0; t < 128; ++t) block.x[t * 72 + 1] = to_bf16(t < 64 ? 0.0f : -8.0f);
-    std::vector<bf16>& deciding = kind == FfnKind::kGated ? block.gate : block.up;
     for (std::int64_t n = 0; n < 136; ++n) {
-      deciding[n * 72 + 1] = to_bf16(n == 0 || n == 10 ? 9.0f : 0.0f);
+      block.deciding()[n * 72 + 1] = to_bf16(n == 0 || n == 10 ? 9.0f : 0.0f);
     }
     check(block, "neurons 0 and 10 of the first half alone");
   }
@@ -133,7 +169,7 @@ class CudaForwardNotFinite : public CudaForward {
 };
 
 TEST_F(CudaForwardNotFinite, SpreadsFromATokenAsDense) {
-  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+  for (const FfnKind kind : kKinds) {
     for (const std::int64_t tokens : {40, 300}) {
       Block block(kind, tokens, 72, 520, 0.02);
       block.x[3 * 72 + 5] = to_bf16(nan_);
@@ -145,7 +181,7 @@ TEST_F(CudaForwardNotFinite, SpreadsFromATokenAsDense) {
 }
 
 TEST_F(CudaForwardNotFinite, TellsInfinityFromNan) {
-  for (const FfnKind kind : {FfnKind::kGated, FfnKind::kPlain}) {
+  for (const FfnKind kind : kKinds) {
     for (const std::int64_t tokens : {40, 150}) {
       Block block(kind, tokens, 72, 136, 0.1);
       for (std::vector<bf16>* weights : {&block.gate, &block.up, &block.down}) {
@@ -154,9 +190,8 @@ TEST_F(CudaForwardNotFinite, TellsInfinityFromNan) {
       block.x[(tokens - 1) * 72 + 6] = to_bf16(infinity_);
       check_kinds(block, "infinity in y");
       // A neuron that is silent for all tokens: 0 · inf.
-      std::vector<bf16>& deciding = kind == FfnKind::kGated ? block.gate : block.up;
-      deciding[131 * 72] = to_bf16(-100.0f);
-      deciding[131 * 72 + 6].bits |= 0x8000u;
+      block.set_bias(131, -100.0f);
+      block.deciding()[131 * 72 + 6].bits |= 0x8000u;
       check_kinds(block, "one neuron silent");
     }
   }

@@ -1,14 +1,12 @@
 // The CUDA gate-and-pack against a float64 oracle and the format's own decoder.
 
-#include "twell/gate_pack.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <string>
 #include <vector>
 
-#include "support.h"
+#include "gate_pack_call.h"
 
 namespace twell {
 namespace {
@@ -30,23 +28,13 @@ class CudaGatePack : public GpuTest {
  private:
   void check_on(const Device& device, const Block& block, int slots,
                 const std::vector<double>& want) {
-    const auto [kind, dtype, rows, hidden, columns] = block.problem;
-    const TwellShape shape{rows, columns, slots};
-    const Result<std::size_t> bytes = gate_pack_workspace_bytes(shape, hidden, device);
-    ASSERT_TRUE(bytes.ok()) << bytes.status().message();
-    const DeviceBuffer x(block.x), gate(block.gate), workspace(bytes.value());
-    const DeviceBuffer words(static_cast<std::size_t>(shape.words()) * 4), overflow(8);
-    GatePackArgs args;
-    args.x = x.as<bf16>();
-    args.gate = gate.as<bf16>();
-    args.hidden = hidden;
-    args.words = words.as<std::uint32_t>();
-    args.overflow_tile_rows = overflow.as<std::int64_t>();
-    args.workspace = workspace.as();
-    const Status status = gate_pack(shape, device, args);
+    GatePackCall call(device, block, slots);
+    const TwellShape& shape = call.shape;
+    const std::int64_t rows = shape.rows, columns = shape.columns;
+    const Status status = call.run();
     ASSERT_TRUE(status.ok()) << status.message();
-    const std::vector<std::uint32_t> got = words.download<std::uint32_t>();
-    for (const DeviceBuffer* buffer : {&words, &overflow, &workspace}) {
+    const std::vector<std::uint32_t> got = call.words.download<std::uint32_t>();
+    for (const DeviceBuffer* buffer : {&call.words, &call.overflow, &call.workspace}) {
       EXPECT_TRUE(buffer->guard_intact());
     }
 
@@ -79,7 +67,7 @@ class CudaGatePack : public GpuTest {
         }
       }
     }
-    EXPECT_EQ(overflow.download<std::int64_t>()[0], overflowed);
+    EXPECT_EQ(call.overflow.download<std::int64_t>()[0], overflowed);
     EXPECT_LE(disagreements, 1e-4 * static_cast<double>(want.size()) + 0.5);
     if (overflowed == 0) {
       EXPECT_TRUE(twell_validate(shape, got).ok());

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "backward_call.h"
@@ -44,7 +45,8 @@ class Captured {
   cudaGraphExec_t executable_ = nullptr;
 };
 
-class CudaStream : public GpuTest, public ::testing::WithParamInterface<int> {
+class CudaStream : public GpuTest,
+                   public ::testing::WithParamInterface<std::tuple<FfnKind, std::int64_t>> {
  protected:
   // run(device) for each.
   template <class Run>
@@ -54,19 +56,23 @@ class CudaStream : public GpuTest, public ::testing::WithParamInterface<int> {
       run(device);
     }
   }
+
+  const FfnKind kind_ = std::get<0>(GetParam());
+  const std::int64_t tokens_ = std::get<1>(GetParam());
 };
 
-INSTANTIATE_TEST_SUITE_P(FewAndMany, CudaStream, ::testing::Values(1, 16, 64, 300, 1500));
+INSTANTIATE_TEST_SUITE_P(FewAndMany, CudaStream,
+                         ::testing::Combine(::testing::Values(FfnKind::kGated, FfnKind::kPlain),
+                                            ::testing::Values(1, 16, 64, 300, 1500)));
 
 TEST_P(CudaStream, IsBitwiseReproducible) {
-  const Block block(FfnKind::kGated, GetParam(), 264, 2056, 0.05);
+  const Block block(kind_, tokens_, 264, 2056, 0.05);
   on_every_device([&](const Device& device) {
     Call call(sparse_plan(block.problem, device), block);
     std::vector<bf16> first_y;
     std::vector<float> first_l1;
     for (int run = 0; run < 20; ++run) {
-      call.y.poison();
-      call.workspace.poison();
+      call.poison();
       ASSERT_TRUE(call.run().ok());
       const std::vector<bf16> y = call.y.download<bf16>();
       const std::vector<float> l1 = call.l1.download<float>();
@@ -80,38 +86,63 @@ TEST_P(CudaStream, IsBitwiseReproducible) {
   });
 }
 
+constexpr double kListed = 0.01, kDense = 0.6;  // densities at which a pass has lists or is dense
+
 TEST_P(CudaStream, TrainingReplaysInAGraph) {
-  const TrainingBlock block(FfnKind::kGated, GetParam(), 136, 776, 0.05);
-  on_every_device([&](const Device& device) {
-    TrainingCall call(training_plan(block.problem, device), block);
-    ASSERT_TRUE(call.run().ok());
-    const auto want = call.gradients();
-    const Captured captured([&](cudaStream_t stream) { return call.run(stream); });
-    for (int run = 0; run < 20; ++run) {
-      for (DeviceBuffer* buffer : {&call.grad_x, &call.grad_gate, &call.grad_up, &call.grad_down,
-                                   &call.saved, &call.workspace, &call.forward.workspace}) {
-        buffer->poison();
+  for (const double density : {kListed, kDense}) {
+    const TrainingBlock block(kind_, tokens_, 136, 776, density);
+    const std::int64_t active = block.active_pairs();
+    on_every_device([&](const Device& device) {
+      TrainingCall call(training_plan(block.problem, device), block);
+      EXPECT_EQ(has_lists(call.forward.plan, active),
+                cuda::is_hopper(device) && density == kListed);
+      ASSERT_TRUE(call.run().ok());
+      const auto want = call.gradients();
+      const Captured captured([&](cudaStream_t stream) { return call.run(stream); });
+      for (int run = 0; run < 20; ++run) {
+        call.poison();
+        captured.replay();
+        EXPECT_EQ(call.gradients(), want);
+        expect_lists(call, active);
       }
+    });
+  }
+}
+
+// One graph for passes with lists and dense ones.
+TEST_P(CudaStream, TrainingReplaysInAGraphWithChangingInputs) {
+  const TrainingBlock listed(kind_, tokens_, 136, 776, kListed);
+  const TrainingBlock dense(kind_, tokens_, 136, 776, kDense);
+  on_every_device([&](const Device& device) {
+    const FfnPlan plan = training_plan(listed.problem, device);
+    TrainingCall call(plan, listed);
+    const Captured captured([&](cudaStream_t stream) { return call.run(stream); });
+    for (const TrainingBlock* block : {&listed, &dense, &listed}) {
+      TrainingCall uncaptured(plan, *block);
+      ASSERT_TRUE(uncaptured.run().ok());
+      call.upload(*block);
+      call.poison();
       captured.replay();
-      EXPECT_EQ(call.gradients(), want);
+      EXPECT_EQ(call.forward.y.download<std::uint16_t>(),
+                uncaptured.forward.y.download<std::uint16_t>());
+      EXPECT_EQ(call.gradients(), uncaptured.gradients());
     }
   });
 }
 
 TEST_P(CudaStream, ReplaysInAGraphWithChangingInputs) {
-  const Block sparse(FfnKind::kGated, GetParam(), 136, 776, 0.01);
-  const Block dense(FfnKind::kGated, GetParam(), 136, 776, 0.6);
+  const Block sparse(kind_, tokens_, 136, 776, 0.01);
+  const Block dense(kind_, tokens_, 136, 776, 0.6);
+  const std::vector<double> want_sparse = sparse.output(), want_dense = dense.output();
   on_every_device([&](const Device& device) {
     Call call(sparse_plan(sparse.problem, device), sparse);
     const Captured captured([&](cudaStream_t stream) { return call.run(stream); });
     for (const Block* block : {&sparse, &dense, &sparse}) {
-      call.x.upload(block->x);
-      call.gate.upload(block->gate);
-      call.up.upload(block->up);
-      call.down.upload(block->down);
-      call.y.poison();
+      call.upload(*block);
+      call.poison();
       captured.replay();
-      EXPECT_LE(relative_error(call.y.download<bf16>(), block->output()), 0.0027);
+      EXPECT_LE(relative_error(call.y.download<bf16>(), block == &dense ? want_dense : want_sparse),
+                kManyTolerance);
     }
   });
 }
@@ -120,7 +151,7 @@ TEST_P(CudaStream, ReplaysInAGraphWithChangingInputs) {
 // reads what the one before it wrote, in the same workspace.
 TEST_P(CudaStream, LayersFollowEachOtherInAGraph) {
   constexpr int kLayers = 6;
-  const Block block(FfnKind::kGated, GetParam(), 264, 2056, 0.05);
+  const Block block(kind_, tokens_, 264, 2056, 0.05);
   on_every_device([&](const Device& device) {
     Call call(sparse_plan(block.problem, device), block);
     const DeviceBuffer source(block.x);
@@ -131,7 +162,7 @@ TEST_P(CudaStream, LayersFollowEachOtherInAGraph) {
       for (int layer = 0; layer < kLayers; ++layer) {
         FfnForwardArgs args;
         args.x = layer % 2 == 0 ? call.x.as() : call.y.as();
-        args.weights = {call.gate.as(), call.up.as(), call.down.as()};
+        args.weights = call.weights();
         args.y = layer % 2 == 0 ? call.y.as() : call.x.as();
         args.workspace = call.workspace.as();
         args.stream = stream;

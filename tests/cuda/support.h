@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -58,7 +59,9 @@ class DeviceBuffer {
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
   ~DeviceBuffer() { cudaFree(data_); }
 
-  void poison() { require_cuda(cudaMemset(data_, 0xFF, bytes_ + kGuard)); }
+  void poison(cudaStream_t stream = nullptr) {
+    require_cuda(cudaMemsetAsync(data_, 0xFF, bytes_ + kGuard, stream));
+  }
   template <class T>
   void upload(const std::vector<T>& values) {
     require_cuda(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyDefault));
@@ -88,16 +91,33 @@ class DeviceBuffer {
   void* data_ = nullptr;
 };
 
-// out[rows, columns] = a[rows, inner] b[columns, inner]ᵀ in float64.
+inline std::vector<double> transposed(const std::vector<double>& a, std::int64_t rows,
+                                      std::int64_t columns) {
+  std::vector<double> out(a.size());
+#pragma omp parallel for
+  for (std::int64_t c = 0; c < columns; ++c) {
+    for (std::int64_t r = 0; r < rows; ++r) out[c * rows + r] = a[r * columns + c];
+  }
+  return out;
+}
+
+// out[rows, columns] = a[rows, inner] b[inner, columns] in float64. Zeros of `a`, which are most
+// elements of a sparse one, are skipped where they cannot make a NaN.
 inline std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b,
                                    std::int64_t rows, std::int64_t columns, std::int64_t inner) {
   std::vector<double> out(rows * columns);
+  const bool finite = std::all_of(b.begin(), b.end(), [](double v) { return std::isfinite(v); });
+  constexpr std::int64_t kRows = 8;  // that share the reads of b
 #pragma omp parallel for
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < columns; ++c) {
-      double sum = 0;
-      for (std::int64_t i = 0; i < inner; ++i) sum += a[r * inner + i] * b[c * inner + i];
-      out[r * columns + c] = sum;
+  for (std::int64_t first = 0; first < rows; first += kRows) {
+    for (std::int64_t i = 0; i < inner; ++i) {
+      const double* terms = b.data() + i * columns;
+      for (std::int64_t r = first; r < std::min(first + kRows, rows); ++r) {
+        const double factor = a[r * inner + i];
+        if (factor == 0 && finite) continue;
+        double* sums = out.data() + r * columns;
+        for (std::int64_t c = 0; c < columns; ++c) sums[c] += factor * terms[c];
+      }
     }
   }
   return out;
@@ -114,6 +134,7 @@ inline std::vector<double> widen(const std::vector<bf16>& values) {
 struct Block {
   FfnProblem problem;
   std::vector<bf16> x, gate, up, down;
+  bool has_exact_sums = false;  // x Gᵀ and x Uᵀ in float32: see make_sums_exact
 
   Block(FfnKind kind, std::int64_t tokens, std::int64_t hidden, std::int64_t neurons,
         double density, std::uint64_t seed = 1) {
@@ -136,29 +157,49 @@ struct Block {
       const double middle = (low + high) / 2;
       (0.5 * std::erfc(-middle / std::sqrt(2.0)) < density ? low : high) = middle;
     }
-    std::vector<bf16>& active = kind == FfnKind::kGated ? gate : up;
-    for (std::int64_t n = 0; n < neurons; ++n) {
-      active[n * hidden] = to_bf16(static_cast<float>(low / kBias));
-    }
+    for (std::int64_t n = 0; n < neurons; ++n) set_bias(n, static_cast<float>(low / kBias));
+  }
+
+  bool gated() const { return problem.kind == FfnKind::kGated; }
+
+  // Of all weights the ones that decide which neurons are active.
+  std::vector<bf16>& deciding() { return gated() ? gate : up; }
+
+  // The neuron is active for every token, or for none, as a `value` of some size is positive or
+  // negative.
+  void set_bias(std::int64_t neuron, float value) {
+    deciding()[neuron * problem.hidden] = to_bf16(value);
+  }
+
+  // Elements become multiples of 1/16 (x) and of 1/64 (weights), so that float32 sums of their
+  // products are exact, and the same neurons are active for every order of summation.
+  void make_sums_exact() {
+    snap(x, 16);
+    for (std::vector<bf16>* weights : {&gate, &up, &down}) snap(*weights, 64);
+    has_exact_sums = true;
   }
 
   // The gate's values: relu(x Gᵀ) rounded to bf16 (of U for a plain block).
   std::vector<double> gate_values() const {
-    const bool gated = problem.kind == FfnKind::kGated;
-    std::vector<double> g = product(widen(x), widen(gated ? gate : up), problem.tokens,
-                                    problem.neurons, problem.hidden);
+    std::vector<double> g = of_neurons(gated() ? gate : up);
+#pragma omp parallel for
     for (double& v : g) {
       v = to_float(to_bf16(static_cast<float>(std::isnan(v) || v > 0 ? v : 0)));
     }
     return g;
   }
 
+  // (token, neuron) pairs.
+  std::int64_t active_pairs() const {
+    const std::vector<double> g = gate_values();
+    return std::count_if(g.begin(), g.end(), [](double v) { return v > 0; });
+  }
+
   // From the gate's values.
   std::vector<double> hidden_values(const std::vector<double>& g) const {
     std::vector<double> h = g;
-    if (problem.kind == FfnKind::kGated) {
-      const std::vector<double> u =
-          product(widen(x), widen(up), problem.tokens, problem.neurons, problem.hidden);
+    if (gated()) {
+      const std::vector<double> u = of_neurons(up);
       for (std::size_t i = 0; i < h.size(); ++i) h[i] *= u[i];
     }
     return h;
@@ -166,16 +207,25 @@ struct Block {
 
   // From the hidden values.
   std::vector<double> output(const std::vector<double>& h) const {
-    std::vector<double> transposed(down.size());
-    for (std::int64_t n = 0; n < problem.neurons; ++n) {
-      for (std::int64_t k = 0; k < problem.hidden; ++k) {
-        transposed[k * problem.neurons + n] = to_float(down[n * problem.hidden + k]);
-      }
-    }
-    return product(h, transposed, problem.tokens, problem.hidden, problem.neurons);
+    return product(h, widen(down), problem.tokens, problem.hidden, problem.neurons);
   }
 
   std::vector<double> output() const { return output(hidden_values(gate_values())); }
+
+ protected:
+  static void snap(std::vector<bf16>& values, float steps) {
+    const float most = 255 / steps;  // eight bits
+    for (bf16& v : values) {
+      v = to_bf16(std::clamp(std::round(to_float(v) * steps) / steps, -most, most));
+    }
+  }
+
+ private:
+  // x Wᵀ
+  std::vector<double> of_neurons(const std::vector<bf16>& weights) const {
+    const auto [kind, dtype, tokens, hidden, neurons] = problem;
+    return product(widen(x), transposed(widen(weights), neurons, hidden), tokens, neurons, hidden);
+  }
 };
 
 }  // namespace twell

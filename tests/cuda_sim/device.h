@@ -128,11 +128,14 @@ inline std::uint32_t __ballot_sync(std::uint32_t mask, bool value) {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  if (config->dynamicSmemBytes > cuda_sim::shared_limit(reinterpret_cast<const void*>(kernel))) {
+    return cudaErrorInvalidValue;
+  }
   return cuda_sim::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                        [&] { kernel(Parameters(arguments)...); });
 }
 template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int bytes) {
-  return static_cast<std::size_t>(bytes) <= cuda_sim::kMaxShared ? cudaSuccess
-                                                                 : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  return cuda_sim::limit_shared(reinterpret_cast<const void*>(kernel),
+                                static_cast<std::size_t>(bytes));
 }

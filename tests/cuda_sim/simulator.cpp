@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -71,6 +72,7 @@ struct Machine {
   std::vector<std::byte> shared;
   std::byte* dynamic = nullptr;
   std::size_t dynamic_bytes = 0;
+  std::map<const void*, std::size_t> limits;  // of kernels' dynamic shared memory
 
   Fiber& fiber() { return *fibers[current]; }
 };
@@ -257,6 +259,21 @@ cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes,
     }
   }
   return cudaSuccess;
+}
+
+cudaError_t limit_shared(const void* kernel, std::size_t bytes) {
+  if (bytes > kMaxShared) return cudaErrorInvalidValue;
+  const std::size_t limit = machine.limits.try_emplace(kernel, bytes).first->second;
+  if (limit == bytes) return cudaSuccess;
+  machine.faulted = true;
+  machine.fault = "a kernel's limit of shared memory was " + std::to_string(limit) +
+                  " bytes and was set to " + std::to_string(bytes);
+  return cudaErrorLaunchFailure;
+}
+
+std::size_t shared_limit(const void* kernel) {
+  const auto limit = machine.limits.find(kernel);
+  return limit == machine.limits.end() ? kDefaultShared : limit->second;
 }
 
 const std::string& last_fault() { return machine.fault; }

@@ -32,11 +32,17 @@ struct Counters {
 inline Counters counters;
 
 inline constexpr int kWarpLanes = 32;
-inline constexpr std::size_t kMaxShared = 99 << 10;  // per block, on every GPU since sm_80
+inline constexpr std::size_t kMaxShared = 99 << 10;      // per block, on every GPU since sm_80
+inline constexpr std::size_t kDefaultShared = 48 << 10;  // of a kernel without a limit of its own
 
 // Runs `thread` for every thread of the grid.
 cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes,
                 const std::function<void()>& thread);
+
+// A kernel's limit of dynamic shared memory. It is the same for all threads of a process, and an
+// error to set to another value than before: another thread may be about to launch the kernel.
+cudaError_t limit_shared(const void* kernel, std::size_t bytes);
+std::size_t shared_limit(const void* kernel);
 
 // What the last fault was.
 const std::string& last_fault();

@@ -149,6 +149,24 @@ TEST(CudaSim, NoticesSharedMemoryThatIsNotTheBlocks) {
   EXPECT_EQ(run_block(32, kMaxShared + 1, [] {}), cudaErrorInvalidConfiguration);
 }
 
+void no_kernel() {}
+
+TEST(CudaSim, NoticesALimitOfSharedMemoryThatChanges) {
+  const auto limit = [](int bytes) {
+    return cudaFuncSetAttribute(no_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  };
+  EXPECT_EQ(limit(kMaxShared + 1), cudaErrorInvalidValue);
+  EXPECT_EQ(limit(4096), cudaSuccess);
+  EXPECT_EQ(limit(4096), cudaSuccess);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = config.blockDim = {1, 1, 1};
+  config.dynamicSmemBytes = 4096;
+  EXPECT_EQ(cudaLaunchKernelEx(&config, no_kernel), cudaSuccess);
+  config.dynamicSmemBytes = 4097;
+  EXPECT_EQ(cudaLaunchKernelEx(&config, no_kernel), cudaErrorInvalidValue);
+  expect_fault(limit(2048), "limit of shared memory was 4096 bytes and was set to 2048");
+}
+
 // A ring of two stages, of which the thread's neighbour reads each. `pending` and `barrier` are
 // what a correct kernel needs: 0 and true.
 template <int kPending>
