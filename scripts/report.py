@@ -168,7 +168,7 @@ def card(value: str, text: str) -> str:
 def layer_table(inspect: dict) -> str:
     rows = [
         f"<tr><td>{layer['layer']}</td><td>{layer['active_mean']:.1f}</td>"
-        f"<td>{100 * layer['active_mean'] / inspect['neurons']:.2f}%</td>"
+        f"<td>{100 * layer['active_mean'] / layer['neurons']:.2f}%</td>"
         f"<td>{layer['active_p99']}</td><td>{layer['active_max']}</td><td>{layer['silent']}</td>"
         f"<td>{layer['union_mean']['128']:.0f}</td></tr>"
         for layer in inspect["layers"]

@@ -21,11 +21,15 @@ const Trace& pattern_of(const std::vector<Trace>& patterns, int layer) {
 void check(const ModelConfig& config, const std::vector<Trace>& patterns) {
   if (patterns.empty()) throw Error("a patterned model needs at least one pattern");
   const std::int64_t most = std::min(max_distinct_tokens(config.hidden_size), config.vocab_size);
-  for (const Trace& pattern : patterns) {
-    if (pattern.neurons != config.intermediate_size) {
-      throw Error("the pattern has " + std::to_string(pattern.neurons) +
-                  " neurons, the model's layers have " + std::to_string(config.intermediate_size));
+  for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
+    const std::int64_t pattern = pattern_of(patterns, layer).neurons;
+    const std::int64_t neurons = config.intermediate_size[layer];
+    if (pattern != neurons) {
+      throw Error("the pattern of layer " + std::to_string(layer) + " has " +
+                  std::to_string(pattern) + " neurons, the layer has " + std::to_string(neurons));
     }
+  }
+  for (const Trace& pattern : patterns) {
     if (pattern.tokens() < 1 || pattern.tokens() > most ||
         pattern.tokens() != patterns.front().tokens()) {
       throw Error("a pattern of " + std::to_string(pattern.tokens()) +

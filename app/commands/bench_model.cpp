@@ -95,7 +95,11 @@ Subject make_subject(const BenchModelFlags& flags, const torch::Device& device) 
     for (const int layer : trace_layers(flags.trace)) {
       traces.push_back(read_trace(flags.trace, layer));
     }
-    config.intermediate_size = traces.front().neurons;
+    std::vector<std::int64_t> neurons;  // the traces repeat as in patterned_model
+    for (std::int64_t layer = 0; layer < flags.layers; ++layer) {
+      neurons.push_back(traces[static_cast<std::size_t>(layer) % traces.size()].neurons);
+    }
+    config.intermediate_size = LayerWidths(neurons);
   } else {
     config.intermediate_size = flags.neurons;
   }

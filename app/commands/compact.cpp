@@ -1,6 +1,5 @@
 #include "app/commands/compact.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <memory>
@@ -29,12 +28,13 @@ struct CompactFlags {
   std::string model;
   std::string out;
   int64_t multiple = 64;
+  bool one_width = false;
 };
 
 struct Measured {
   Evaluation evaluation;
   int64_t parameters = 0;
-  int64_t bytes = 0;
+  CheckpointBytes bytes;
 };
 
 Measured measure(const CompactFlags& flags, const std::string& folder, const char* title,
@@ -53,19 +53,27 @@ Measured measure(const CompactFlags& flags, const std::string& folder, const cha
 }
 
 void print(const CompactFlags& flags, const Json& r) {
-  const auto number = [&](const char* key) { return r[key].get<double>(); };
-  const auto integer = [&](const char* key) { return r[key].get<long long>(); };
-  const auto [least, most] =
-      std::minmax_element(r["kept_per_layer"].begin(), r["kept_per_layer"].end());
+  const auto number = [](const Json& of, const char* key) { return of[key].get<double>(); };
+  const auto integer = [](const Json& of, const char* key) { return of[key].get<long long>(); };
+  std::printf("layer    fired     kept       of      FFN, MB   before\n");
+  for (const Json& layer : r["layers"]) {
+    std::printf("%5lld %8lld %8lld %8lld %12.2f %8.2f\n", integer(layer, "layer"),
+                integer(layer, "fired"), integer(layer, "neurons_after"),
+                integer(layer, "neurons_before"), number(layer, "bytes_after") / 1e6,
+                number(layer, "bytes_before") / 1e6);
+  }
   std::printf(
-      "%s: %lld of %lld neurons per layer (layers needed %lld to %lld)\n"
-      "parameters %.3f M instead of %.3f M, weights %.2f MB instead of %.2f MB (%.1f%% less)\n"
-      "perplexity %.4f, before %.4f, on %lld tokens\n",
-      flags.out.c_str(), integer("neurons_after"), integer("neurons_before"),
-      least->get<long long>(), most->get<long long>(), number("parameters_after") / 1e6,
-      number("parameters_before") / 1e6, number("bytes_after") / 1e6, number("bytes_before") / 1e6,
-      100 * (1 - number("bytes_after") / number("bytes_before")), number("perplexity_after"),
-      number("perplexity_before"), integer("tokens"));
+      "%s: %lld of %lld neurons\n"
+      "parameters %.3f M instead of %.3f M, weights %.2f MB instead of %.2f MB (%+.1f%%)\n"
+      "perplexity %.4f, before %.4f, on %lld tokens\n%s\n",
+      flags.out.c_str(), integer(r, "neurons_after"), integer(r, "neurons_before"),
+      number(r, "parameters_after") / 1e6, number(r, "parameters_before") / 1e6,
+      number(r, "bytes_after") / 1e6, number(r, "bytes_before") / 1e6,
+      100 * (number(r, "bytes_after") / number(r, "bytes_before") - 1),
+      number(r, "perplexity_after"), number(r, "perplexity_before"), integer(r, "tokens"),
+      r["one_width"].get<bool>()
+          ? "all layers have one width: transformers loads it"
+          : "layers differ in width: only twell loads it (transformers needs --one-width)");
 }
 
 void run_compact(const CompactFlags& flags) {
@@ -75,24 +83,37 @@ void run_compact(const CompactFlags& flags) {
   const Measured before = measure(flags, flags.model, "counting", device);
   std::vector<torch::Tensor> activity;
   for (const LayerActivity& layer : before.evaluation.layers) activity.push_back(layer.counts);
-  const Compaction compaction = plan_compaction(activity, flags.multiple);
+  const Compaction compaction = plan_compaction(activity, flags.multiple, flags.one_width);
   write_compacted(flags.model, flags.out, compaction);
   const Measured after = measure(flags, flags.out, "checking", device);
 
-  Json kept = Json::array();
-  for (const torch::Tensor& neurons : compaction.kept) kept.push_back(neurons.size(0));
+  Json layers = Json::array();
+  int64_t neurons_before = 0, neurons_after = 0;
+  for (size_t i = 0; i < activity.size(); ++i) {
+    const auto layer = static_cast<int64_t>(i);
+    const int64_t neurons = activity[i].size(0), width = compaction.widths[layer];
+    neurons_before += neurons;
+    neurons_after += width;
+    layers.push_back({{"layer", layer},
+                      {"fired", compaction.fired[i]},
+                      {"neurons_before", neurons},
+                      {"neurons_after", width},
+                      {"bytes_before", before.bytes.ffn.at(layer)},
+                      {"bytes_after", after.bytes.ffn.at(layer)}});
+  }
   const Json report = {{"model", flags.model},
                        {"out", flags.out},
                        {"ffn", flags.run.ffn},
                        {"dtype", flags.run.dtype},
                        {"tokens", before.evaluation.tokens},
-                       {"neurons_before", activity.front().size(0)},
-                       {"neurons_after", compaction.width},
-                       {"kept_per_layer", kept},
+                       {"layers", layers},
+                       {"one_width", compaction.widths.all_equal()},
+                       {"neurons_before", neurons_before},
+                       {"neurons_after", neurons_after},
                        {"parameters_before", before.parameters},
                        {"parameters_after", after.parameters},
-                       {"bytes_before", before.bytes},
-                       {"bytes_after", after.bytes},
+                       {"bytes_before", before.bytes.all},
+                       {"bytes_after", after.bytes.all},
                        {"loss_before", before.evaluation.loss},
                        {"loss_after", after.evaluation.loss},
                        {"loss_unit", "nats per token"},
@@ -118,25 +139,29 @@ void add_compact_command(CLI::App& app) {
   command.add_option("--out", flags->out, "Folder for the smaller one; must be new or empty")
       ->required();
   command
-      .add_option(
-          "--multiple", flags->multiple,
-          "Round the width up to a multiple of this, itself a multiple of 8; dense products "
-          "of GPUs are slow at widths that are not multiples of 64")
+      .add_option("--multiple", flags->multiple,
+                  "Round widths up to a multiple of this, itself a multiple of 8; dense products "
+                  "of GPUs are slow at widths that are not multiples of 64")
       ->check(CLI::Range(int64_t{8}, int64_t{65536}))
       ->check([](const std::string& text) {
         return std::stoll(text) % 8 == 0 ? "" : "--multiple is " + text + ": not a multiple of 8";
       })
       ->capture_default_str();
+  command.add_flag("--one-width", flags->one_width,
+                   "Give all layers the width of the widest, as transformers wants; without this, "
+                   "each gets its own");
   flags->text.add_to(command);
   flags->run.add_ffn_to(command);
   flags->run.add_dtype_to(command);
   flags->run.add_to(command);
   command.footer(
+      "Where layers differ in width, the checkpoint is twell's own: this program and the Python "
+      "package (twell.from_pretrained) load it, transformers alone refuses it.\n"
       "A neuron that is silent on this text may fire on another: give text of every kind that the "
       "model will see, and as much as there is.\n"
       "Examples:\n"
       "  twell compact runs/a --data /usr/include/c++ --out runs/a-compact\n"
-      "  twell compact runs/a --data text.jsonl --max-tokens 1000000 --out small --json\n");
+      "  twell compact runs/a --data text.jsonl --max-tokens 1000000 --one-width --out small\n");
   command.callback([flags] { run_compact(*flags); });
 }
 

@@ -66,7 +66,8 @@ void run_eval(const EvalFlags& flags) {
     silent.push_back(layer.silent);
   }
   for (const FfnPath path : result.paths) paths.push_back(name_of(path));
-  const auto neurons = static_cast<double>(config.intermediate_size);
+  const Json neurons = config.intermediate_size;
+  const double share = result.active() / config.intermediate_size.mean();
   const double rate = static_cast<double>(result.tokens) / result.seconds;
   if (flags.run.json) {
     const bool relu = model.is_relu();
@@ -78,9 +79,9 @@ void run_eval(const EvalFlags& flags) {
                          {"loss", result.loss},
                          {"loss_unit", "nats per token"},
                          {"perplexity", result.perplexity()},
-                         {"neurons", config.intermediate_size},
+                         {"neurons", neurons},
                          {"active", relu ? Json(result.active()) : Json()},
-                         {"active_share", relu ? Json(result.active() / neurons) : Json()},
+                         {"active_share", relu ? Json(share) : Json()},
                          {"active_per_layer", active},
                          {"silent_per_layer", silent},
                          {"ffn_per_layer", paths},
@@ -93,8 +94,8 @@ void run_eval(const EvalFlags& flags) {
               flags.model.c_str(), name_of(mode), result.perplexity(), result.loss,
               static_cast<long long>(result.tokens), rate);
   if (model.is_relu()) {
-    std::printf("active neurons per token %.1f of %.0f (%.2f%%)\n", result.active(), neurons,
-                100 * result.active() / neurons);
+    std::printf("active neurons per token %.1f of %s (%.2f%%)\n", result.active(),
+                neurons.dump().c_str(), 100 * share);
   }
 }
 

@@ -28,12 +28,12 @@ void print_summary(const nlohmann::ordered_json& s) {
   std::printf(
       "%s: %.1f M parameters, %lld steps, %.1f M tokens, %.0f s\n"
       "held-out loss %.4f nats/token (perplexity %.2f); unigram baseline %.4f\n"
-      "active neurons per token %.1f of %lld (%.2f%%)\n",
+      "active neurons per token %.1f of %s (%.2f%%)\n",
       s["model"].get<std::string>().c_str(), s["parameters"].get<double>() / 1e6,
       s["steps"].get<long long>(), s["tokens"].get<double>() / 1e6,
       s["train_seconds"].get<double>(), s["heldout_loss"].get<double>(),
       s["heldout_perplexity"].get<double>(), s["unigram_loss"].get<double>(),
-      s["active"].get<double>(), s["neurons"].get<long long>(),
+      s["active"].get<double>(), s["neurons"].dump().c_str(),
       100 * s["active_share"].get<double>());
 }
 

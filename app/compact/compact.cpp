@@ -1,12 +1,11 @@
 #include "app/compact/compact.h"
 
 #include <algorithm>
-#include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "app/error.h"
-#include "app/hf/config.h"
 #include "app/hf/safetensors.h"
 
 namespace twell::app {
@@ -22,11 +21,11 @@ constexpr const char* kCompanions[] = {
     "merges.txt",        "chat_template.jinja",   "generation_config.json"};
 
 // The layer of a feed-forward matrix "model.layers.L.mlp.…", or none.
-std::optional<size_t> mlp_layer(const std::string& name) {
+std::optional<int64_t> mlp_layer(const std::string& name) {
   constexpr std::string_view kPrefix = "model.layers.";
   const size_t end = name.find(".mlp.");
   if (!name.starts_with(kPrefix) || end == std::string::npos) return std::nullopt;
-  return std::stoul(name.substr(kPrefix.size(), end - kPrefix.size()));
+  return std::stoll(name.substr(kPrefix.size(), end - kPrefix.size()));
 }
 
 // The slices `kept` of `value` along `dim`, then zeros up to `width`.
@@ -38,37 +37,57 @@ Tensor cut(const Tensor& value, int64_t dim, const Tensor& kept, int64_t width) 
   return result;
 }
 
+// The neurons with a count, filled up to `width` (or to all there are) with the first without.
+Tensor kept_neurons(const Tensor& counts, int64_t width) {
+  const Tensor fired_first = counts.eq(0).to(torch::kInt64).argsort(/*stable=*/true);
+  return std::get<0>(fired_first.narrow(0, 0, std::min(width, counts.size(0))).sort());
+}
+
 }  // namespace
 
-Compaction plan_compaction(const std::vector<Tensor>& activity, int64_t multiple) {
+Compaction plan_compaction(const std::vector<Tensor>& activity, int64_t multiple, bool one_width) {
   Compaction result;
-  int64_t most = 0;
+  std::vector<int64_t> before, widths;
   for (const Tensor& counts : activity) {
-    result.kept.push_back(counts.cpu().nonzero().flatten());
-    most = std::max(most, result.kept.back().size(0));
+    const auto fired = counts.count_nonzero().item<int64_t>();
+    const int64_t rounded = std::max<int64_t>(1, (fired + multiple - 1) / multiple) * multiple;
+    result.fired.push_back(fired);
+    before.push_back(counts.size(0));
+    widths.push_back(std::min(rounded, counts.size(0)));
   }
-  result.width = std::max<int64_t>(1, (most + multiple - 1) / multiple) * multiple;
-  const int64_t neurons = activity.empty() ? 0 : activity.front().size(0);
-  if (result.width >= neurons) {
-    throw Error("nothing to remove: a layer needs " + std::to_string(most) + " of its " +
-                std::to_string(neurons) + " neurons, and all layers get one width, a multiple of " +
-                std::to_string(multiple));
+  if (one_width) {
+    const int64_t widest = *std::max_element(widths.begin(), widths.end());
+    widths.assign(widths.size(), widest);
   }
+  if (widths == before) {
+    const auto most = std::max_element(result.fired.begin(), result.fired.end());
+    const auto layer = most - result.fired.begin();
+    throw Error("nothing to remove: layer " + std::to_string(layer) + " needs " +
+                std::to_string(*most) + " of its " + std::to_string(before[layer]) +
+                " neurons, all of them in multiples of " + std::to_string(multiple) +
+                (one_width ? ", and --one-width gives all layers as many"
+                           : ", and no other layer can spare any"));
+  }
+  for (size_t layer = 0; layer < activity.size(); ++layer) {
+    result.kept.push_back(kept_neurons(activity[layer].cpu(), widths[layer]));
+  }
+  result.widths = LayerWidths(widths);
   return result;
 }
 
 void write_compacted(const fs::path& from, const fs::path& to, const Compaction& compaction) {
   check_output_folder(to);
   ModelConfig config = read_config(from);
-  config.intermediate_size = compaction.width;
+  config.intermediate_size = compaction.widths;
   const Safetensors file = Safetensors::open(from);
   std::map<std::string, Tensor> tensors;
   for (const auto& [name, info] : file.tensors()) {
     const Tensor value = file.view(name);
-    const std::optional<size_t> layer = mlp_layer(name);
+    const std::optional<int64_t> layer = mlp_layer(name);
     const bool down = name.ends_with("down_proj.weight");  // [hidden, neurons], others transposed
     tensors[name] =
-        layer ? cut(value, down ? 1 : 0, compaction.kept.at(*layer), compaction.width) : value;
+        layer ? cut(value, down ? 1 : 0, compaction.kept.at(*layer), compaction.widths[*layer])
+              : value;
   }
   fs::create_directories(to);
   write_config(to, config);
@@ -86,11 +105,15 @@ void check_output_folder(const fs::path& folder) {
               " exists already and is not an empty folder; choose another");
 }
 
-int64_t checkpoint_bytes(const fs::path& folder) {
+CheckpointBytes checkpoint_bytes(const fs::path& folder) {
   const Safetensors file = Safetensors::open(folder);
-  uint64_t bytes = 0;
-  for (const auto& [name, info] : file.tensors()) bytes += info.bytes;
-  return static_cast<int64_t>(bytes);
+  CheckpointBytes result;
+  for (const auto& [name, info] : file.tensors()) {
+    const auto bytes = static_cast<int64_t>(info.bytes);
+    result.all += bytes;
+    if (const auto layer = mlp_layer(name)) result.ffn[*layer] += bytes;
+  }
+  return result;
 }
 
 }  // namespace twell::app

@@ -7,20 +7,26 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <vector>
+
+#include "app/hf/config.h"
 
 namespace twell::app {
 
 struct Compaction {
+  std::vector<int64_t> fired;       // per layer: how many did
   std::vector<torch::Tensor> kept;  // per layer: ascending neurons, int64
-  int64_t width = 0;                // neurons of every layer afterwards
+  LayerWidths widths;               // afterwards; where larger than `kept`, zeros fill up
 };
 
 // Keeps the neurons that fired. `activity` holds per layer the tokens for which each neuron was
-// active, [neurons] integer. transformers wants one width for all layers: the largest number kept,
-// rounded up to a multiple of `multiple`, at least one. Error, with the reason, if that is not
-// narrower than the layers are.
-Compaction plan_compaction(const std::vector<torch::Tensor>& activity, int64_t multiple);
+// active, [neurons] integer. The width of a layer is the number that fired, rounded up to a
+// multiple of `multiple`, at least one, and at most what it was. With `one_width` all layers get
+// the largest of these. The first of the silent neurons fill the width up: on other text they may
+// fire. Error, with the reason, if all widths are as before.
+Compaction plan_compaction(const std::vector<torch::Tensor>& activity, int64_t multiple,
+                           bool one_width);
 
 // Writes the checkpoint `from` to the folder `to` with the blocks' matrices cut to `compaction`:
 // kept neurons in their old order, then zeros up to the width, which never fire. Every tensor keeps
@@ -31,7 +37,12 @@ void write_compacted(const std::filesystem::path& from, const std::filesystem::p
 // Error if `folder` exists and is not an empty folder.
 void check_output_folder(const std::filesystem::path& folder);
 
-// Bytes of all tensors of a checkpoint.
-int64_t checkpoint_bytes(const std::filesystem::path& folder);
+struct CheckpointBytes {
+  int64_t all = 0;
+  std::map<int64_t, int64_t> ffn;  // by layer
+};
+
+// Of a checkpoint's tensors.
+CheckpointBytes checkpoint_bytes(const std::filesystem::path& folder);
 
 }  // namespace twell::app

@@ -1,7 +1,11 @@
 #include "app/hf/config.h"
 
 #include <algorithm>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <numeric>
+#include <string_view>
+#include <utility>
 
 #include "app/error.h"
 #include "app/hf/json.h"
@@ -14,8 +18,10 @@ namespace {
 constexpr uint64_t kMaxFileBytes = 16 << 20;
 constexpr int64_t kMaxSize = 1 << 24;  // of any one dimension: products of two stay far below 2^63
 constexpr int64_t kMaxLayers = 1 << 14;
+constexpr int64_t kWidthUnit = 8;  // of widths that differ: what twell's blocks take
 constexpr int64_t kMaxId = INT32_MAX;
 constexpr double kMaxReal = 1e12;
+constexpr std::string_view kOwn = "twell_";  // of the model_type where widths differ
 constexpr std::initializer_list<const char*> kDtypes = {"float32", "bfloat16", "float16"};
 
 std::string quoted(const std::string& name, int64_t value) {
@@ -54,13 +60,32 @@ struct Checker {
   }
 };
 
+void check_widths(const ModelConfig& c, const Checker& checker) {
+  const std::vector<int64_t>& widths = c.intermediate_size.values();
+  if (c.intermediate_size.all_equal()) {
+    checker.in_range("intermediate_size", widths.front(), 1, kMaxSize);
+    return;
+  }
+  if (static_cast<int64_t>(widths.size()) != c.num_hidden_layers) {
+    checker.fail("\"intermediate_size\" has " + std::to_string(widths.size()) + " entries",
+                 "as long as num_hidden_layers = " + std::to_string(c.num_hidden_layers));
+  }
+  for (size_t layer = 0; layer < widths.size(); ++layer) {
+    const std::string name = "intermediate_size[" + std::to_string(layer) + "]";
+    checker.in_range(name.c_str(), widths[layer], kWidthUnit, kMaxSize);
+    if (widths[layer] % kWidthUnit != 0) {
+      checker.fail(quoted(name, widths[layer]), "a multiple of " + std::to_string(kWidthUnit));
+    }
+  }
+}
+
 void check(const ModelConfig& c, const std::string& place) {
   const Checker checker{place};
   checker.one_of("model_type", c.model_type, {"llama", "qwen2"});
   checker.in_range("vocab_size", c.vocab_size, 1, kMaxSize);
   checker.in_range("hidden_size", c.hidden_size, 1, kMaxSize);
-  checker.in_range("intermediate_size", c.intermediate_size, 1, kMaxSize);
   checker.in_range("num_hidden_layers", c.num_hidden_layers, 1, kMaxLayers);
+  check_widths(c, checker);
   checker.in_range("num_attention_heads", c.num_attention_heads, 1, kMaxSize);
   checker.in_range("num_key_value_heads", c.num_key_value_heads, 1, c.num_attention_heads);
   checker.in_range("head_dim", c.head_dim, 2, kMaxSize);
@@ -111,6 +136,18 @@ double number_or(const JsonView& json, const char* name, double fallback) {
 bool boolean_or(const JsonView& json, const char* name, bool fallback) {
   const auto field = json.find(name);
   return field ? field->boolean() : fallback;
+}
+
+// A number; where widths may differ, a list.
+LayerWidths read_widths(const JsonView& json, bool may_differ, int64_t layers) {
+  const JsonView field = json["intermediate_size"];
+  if (!may_differ) return field.integer(1, kMaxSize);
+  if (static_cast<int64_t>(field.size()) != layers) {
+    field.refuse("an array of num_hidden_layers = " + std::to_string(layers));
+  }
+  std::vector<int64_t> widths;
+  for (size_t i = 0; i < field.size(); ++i) widths.push_back(field[i].integer(1, kMaxSize));
+  return LayerWidths(std::move(widths));
 }
 
 // An absent key takes the default of the model class; null says that there is none.
@@ -175,6 +212,16 @@ void refuse_unsupported(const JsonView& json, const ModelConfig& config) {
 
 }  // namespace
 
+LayerWidths::LayerWidths(std::vector<int64_t> of_each) : widths_(std::move(of_each)) {
+  if (std::adjacent_find(widths_.begin(), widths_.end(), std::not_equal_to()) == widths_.end()) {
+    widths_.resize(1);
+  }
+}
+
+double LayerWidths::mean() const {
+  return std::accumulate(widths_.begin(), widths_.end(), 0.0) / static_cast<double>(widths_.size());
+}
+
 void validate(const ModelConfig& config) { check(config, "model configuration"); }
 
 ModelConfig read_config(const std::filesystem::path& folder) {
@@ -183,13 +230,16 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   const JsonView json(document, path.string());
 
   ModelConfig c;
-  c.model_type = json["model_type"].string();
-  Checker{path.string()}.one_of("model_type", c.model_type, {"llama", "qwen2"});
+  const std::string type = json["model_type"].string();
+  Checker{path.string()}.one_of("model_type", type,
+                                {"llama", "qwen2", "twell_llama", "twell_qwen2"});
+  const bool own = type.starts_with(kOwn);
+  c.model_type = own ? type.substr(kOwn.size()) : type;
   const bool llama = c.model_type == "llama";
   c.vocab_size = json["vocab_size"].integer(1, kMaxSize);
   c.hidden_size = json["hidden_size"].integer(1, kMaxSize);
-  c.intermediate_size = json["intermediate_size"].integer(1, kMaxSize);
   c.num_hidden_layers = json["num_hidden_layers"].integer(1, kMaxLayers);
+  c.intermediate_size = read_widths(json, own, c.num_hidden_layers);
   c.num_attention_heads = json["num_attention_heads"].integer(1, kMaxSize);
   c.num_key_value_heads = integer_or(json, "num_key_value_heads", c.num_attention_heads, kMaxSize);
   if (!json.has("head_dim") && c.hidden_size % c.num_attention_heads != 0) {
@@ -232,7 +282,7 @@ ModelConfig read_config(const std::filesystem::path& folder) {
 
 void write_config(const std::filesystem::path& folder, const ModelConfig& c) {
   check(c, (folder / "config.json").string());
-  const bool llama = c.model_type == "llama";
+  const bool llama = c.model_type == "llama", own = !c.intermediate_size.all_equal();
 
   nlohmann::ordered_json tokens = nlohmann::ordered_json::object();
   tokens["bos_token_id"] = nullptr;
@@ -244,8 +294,9 @@ void write_config(const std::filesystem::path& folder, const ModelConfig& c) {
   if (c.eos_token_ids.size() > 1) tokens["eos_token_id"] = c.eos_token_ids;
 
   nlohmann::ordered_json json = {
-      {"architectures", {llama ? "LlamaForCausalLM" : "Qwen2ForCausalLM"}},
-      {"model_type", c.model_type},
+      {"architectures",
+       {std::string(own ? "Twell" : "") + (llama ? "Llama" : "Qwen2") + "ForCausalLM"}},
+      {"model_type", std::string(own ? kOwn : "") + c.model_type},
       {"vocab_size", c.vocab_size},
       {"hidden_size", c.hidden_size},
       {"intermediate_size", c.intermediate_size},

@@ -2,6 +2,7 @@
 #include <array>
 #include <cstdarg>
 #include <cstdio>
+#include <vector>
 
 #include "app/inspect/report.h"
 
@@ -48,11 +49,19 @@ double share_of(const Json& histogram, std::size_t bucket) {
   return total > 0 ? double{histogram[bucket]} / total : 0;
 }
 
+double share_active(const Json& layer) {
+  return double{layer["active_mean"]} / double{layer["neurons"]};
+}
+
 std::string headline(const Json& report) {
-  return format("%s: layers: %lld, neurons of each: %lld, tokens: %lld",
-                report["source"].get<std::string>().c_str(),
-                static_cast<long long>(report["layers"].size()), report["neurons"].get<long long>(),
-                report["tokens"].get<long long>());
+  std::vector<long long> neurons;
+  for (const Json& layer : report["layers"]) neurons.push_back(layer["neurons"].get<long long>());
+  const auto [least, most] = std::minmax_element(neurons.begin(), neurons.end());
+  return format(
+      "%s: layers: %zu, neurons of each: %s, tokens: %lld",
+      report["source"].get<std::string>().c_str(), neurons.size(),
+      (*least == *most ? format("%lld", *most) : format("%lld to %lld", *least, *most)).c_str(),
+      report["tokens"].get<long long>());
 }
 
 std::string escape(const std::string& text) {
@@ -93,20 +102,21 @@ margin:0 .35rem 0 .9rem;vertical-align:-1px}
 
 std::string draw_text(const Json& report) {
   const double largest = largest_mean(report);
-  const double neurons = report["neurons"];
   std::string out = headline(report) + "\n\n";
   out +=
-      "layer active per token          mean   share    p99    max  silent   union of 64    128    ";
+      "layer neurons active per token          mean   share    p99    max  silent   union of 64    "
+      "128    ";
   out += "256 tokens   predicted prefill   decode\n";
   for (const Json& layer : report["layers"]) {
-    out +=
-        format("%5d %s %8.1f %6.2f%% %6lld %6lld %7lld   %11.0f %6.0f    %10.0f   %16.2f× %7.2f×\n",
-               int{layer["layer"]}, bar(double{layer["active_mean"]} / largest, 20).c_str(),
-               double{layer["active_mean"]}, 100 * double{layer["active_mean"]} / neurons,
-               layer["active_p99"].get<long long>(), layer["active_max"].get<long long>(),
-               layer["silent"].get<long long>(), double{layer["union_mean"]["64"]},
-               double{layer["union_mean"]["128"]}, double{layer["union_mean"]["256"]},
-               double{layer["predicted"]["prefill_512"]}, double{layer["predicted"]["decode_1"]});
+    out += format(
+        "%5d %7lld %s %8.1f %6.2f%% %6lld %6lld %7lld   %11.0f %6.0f    %10.0f   %16.2f× %7.2f×\n",
+        int{layer["layer"]}, layer["neurons"].get<long long>(),
+        bar(double{layer["active_mean"]} / largest, 20).c_str(), double{layer["active_mean"]},
+        100 * share_active(layer), layer["active_p99"].get<long long>(),
+        layer["active_max"].get<long long>(), layer["silent"].get<long long>(),
+        double{layer["union_mean"]["64"]}, double{layer["union_mean"]["128"]},
+        double{layer["union_mean"]["256"]}, double{layer["predicted"]["prefill_512"]},
+        double{layer["predicted"]["decode_1"]});
   }
   out += "\nlayer  share of 256-neuron tile rows that overflow, by slots\n     ";
   for (const auto& [slots, share] : report["layers"][0]["overflow_share"].items()) {
@@ -135,7 +145,6 @@ std::string draw_text(const Json& report) {
 
 std::string draw_html(const Json& report) {
   const double largest = largest_mean(report);
-  const double neurons = report["neurons"];
   std::string out =
       "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">"
       "<meta name=\"viewport\" content=\"width=device-width\"><title>twell inspect</title><style>";
@@ -145,20 +154,21 @@ std::string draw_html(const Json& report) {
   out += "</p>";
   out +=
       "<h2>Active neurons per token</h2><div "
-      "class=scroll><table><tr><th>layer<th><th>mean<th>share<th>p99<th>max"
+      "class=scroll><table><tr><th>layer<th>neurons<th><th>mean<th>share<th>p99<th>max"
       "<th>silent<th>union of 64<th>128<th>256 tokens<th>prefill<th>decode</tr>";
   for (const Json& layer : report["layers"]) {
     const double mean = layer["active_mean"];
     out += format(
-        "<tr><td>%d<td class=wide><div class=track><i "
+        "<tr><td>%d<td>%lld<td class=wide><div class=track><i "
         "style=\"width:%.1f%%;background:var(--fill)\">"
         "</i></div><td>%.1f<td>%.2f%%<td>%lld<td>%lld<td>%lld<td>%.0f<td>%.0f<td>%.0f"
         "<td>%.2f×<td>%.2f×</tr>",
-        int{layer["layer"]}, 100 * mean / largest, mean, 100 * mean / neurons,
-        layer["active_p99"].get<long long>(), layer["active_max"].get<long long>(),
-        layer["silent"].get<long long>(), double{layer["union_mean"]["64"]},
-        double{layer["union_mean"]["128"]}, double{layer["union_mean"]["256"]},
-        double{layer["predicted"]["prefill_512"]}, double{layer["predicted"]["decode_1"]});
+        int{layer["layer"]}, layer["neurons"].get<long long>(), 100 * mean / largest, mean,
+        100 * share_active(layer), layer["active_p99"].get<long long>(),
+        layer["active_max"].get<long long>(), layer["silent"].get<long long>(),
+        double{layer["union_mean"]["64"]}, double{layer["union_mean"]["128"]},
+        double{layer["union_mean"]["256"]}, double{layer["predicted"]["prefill_512"]},
+        double{layer["predicted"]["decode_1"]});
   }
   out +=
       "</table></div><p>Prefill (512 tokens) and decode (1 token): the planner's prediction of "

@@ -39,8 +39,8 @@ std::vector<Trace> observe(Llama& model, const TokenStream& stream, const Observ
   std::vector<Trace> traces(config.num_hidden_layers);
   for (std::size_t layer = 0; layer < traces.size(); ++layer) {
     traces[layer].layer = static_cast<int>(layer);
-    traces[layer].neurons = config.intermediate_size;
-    traces[layer].rate.assign(config.intermediate_size, 0);
+    traces[layer].neurons = config.intermediate_size[static_cast<std::int64_t>(layer)];
+    traces[layer].rate.assign(traces[layer].neurons, 0);
   }
   ForwardOptions forward;
   forward.on_ffn = [&](int layer, const torch::Tensor& x, const FfnWeights& weights) {

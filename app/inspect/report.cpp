@@ -28,14 +28,14 @@ nlohmann::ordered_json inspect_report(const std::string& source, std::span<const
   if (traces.empty()) throw Error(source + ": has no layer to look at");
   nlohmann::ordered_json report = {{"source", source},
                                    {"tokens", traces[0].tokens()},
-                                   {"neurons", traces[0].neurons},
                                    {"hidden", target.hidden},
                                    {"layers", nlohmann::ordered_json::array()}};
   for (const Trace& trace : traces) {
     const TraceStatistics s = trace_statistics(trace);
-    nlohmann::ordered_json layer = {{"layer", trace.layer},       {"active_mean", s.mean_active},
-                                    {"active_p99", s.p99_active}, {"active_max", s.max_active},
-                                    {"silent", s.silent},         {"max_in_tile", s.max_in_tile}};
+    nlohmann::ordered_json layer = {{"layer", trace.layer},         {"neurons", trace.neurons},
+                                    {"active_mean", s.mean_active}, {"active_p99", s.p99_active},
+                                    {"active_max", s.max_active},   {"silent", s.silent},
+                                    {"max_in_tile", s.max_in_tile}};
     for (const auto& [tokens, neurons] : s.union_by_tokens) {
       layer["union_mean"][std::to_string(tokens)] = neurons;
     }

@@ -18,7 +18,7 @@ struct InspectTarget {
   torch::Device device = torch::kCPU;
 };
 
-// {"source", "tokens", "neurons", "hidden", "layers": [{"layer", "active_mean", "active_p99",
+// {"source", "tokens", "hidden", "layers": [{"layer", "neurons", "active_mean", "active_p99",
 // "active_max", "silent", "union_mean": {tokens: neurons}, "overflow_share": {slots: share of tile
 // rows}, "rate_histogram", "active_histogram", "predicted": {"prefill_512", "decode_1"}}]}. A
 // prediction is the planner's dense time over its sparse time, bf16, on the target's device.

@@ -53,9 +53,10 @@ std::map<std::string, std::vector<int64_t>> checkpoint_shapes(const ModelConfig&
       add("self_attn.v_proj.bias", {keys});
     }
     if (c.o_bias()) add("self_attn.o_proj.bias", {hidden});
-    add("mlp.gate_proj.weight", {c.intermediate_size, hidden});
-    add("mlp.up_proj.weight", {c.intermediate_size, hidden});
-    add(kDown, {hidden, c.intermediate_size});
+    const int64_t neurons = c.intermediate_size[layer];
+    add("mlp.gate_proj.weight", {neurons, hidden});
+    add("mlp.up_proj.weight", {neurons, hidden});
+    add(kDown, {hidden, neurons});
   }
   return shapes;
 }

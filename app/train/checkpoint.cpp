@@ -33,7 +33,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, step_s
 
 namespace {
 
-constexpr const char* kFormat = "twell-training-4";
+constexpr const char* kFormat = "twell-training-5";
 
 std::map<std::string, torch::Tensor> all_tensors(const Llama& model, const AdamW& optimizer,
                                                  const Revival& revival) {

@@ -2,6 +2,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <sstream>
 
 #include "app/error.h"
 #include "app/model/ffn.h"
@@ -19,15 +20,17 @@ void check(const char* name, T value, T least, T most) {
 
 }  // namespace
 
-double parse_target_active(const std::string& text, int64_t neurons) {
+double parse_target_active(const std::string& text, double neurons) {
   double value = 0;
   const char* const end = text.data() + text.size();
   const auto [stop, error] = std::from_chars(text.data(), end, value);
   const bool share = stop + 1 == end && *stop == '%';
-  if (share) value *= static_cast<double>(neurons) / 100;
+  if (share) value *= neurons / 100;
   if (error != std::errc() || (stop != end && !share) || !std::isfinite(value) || value < 0 ||
-      value > static_cast<double>(neurons)) {
-    throw Error("--target-active is '" + text + "'; permitted: 0 to " + std::to_string(neurons) +
+      value > neurons) {
+    std::ostringstream most;
+    most << neurons;
+    throw Error("--target-active is '" + text + "'; permitted: 0 to " + most.str() +
                 " neurons, or a share such as 4%");
   }
   return value;
@@ -68,7 +71,7 @@ void validate(const TrainOptions& o) {
                 std::to_string(o.heads) + ", and that a multiple of --kv-heads " +
                 std::to_string(o.kv_heads));
   }
-  parse_target_active(o.target_active, o.neurons);
+  parse_target_active(o.target_active, static_cast<double>(o.neurons));
   parse_ffn_mode(o.ffn);
 }
 

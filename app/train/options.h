@@ -54,8 +54,9 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainOptions, data, heldout, tokenizer, eos, 
                                    arrival, revive_after, ffn, log_every, eval_every, eval_tokens,
                                    checkpoint_every)
 
-// "52" or "4%" as a number of the layer's neurons. Error if it is neither, or not in [0, neurons].
-double parse_target_active(const std::string& text, int64_t neurons);
+// "52" or "4%" as a number of a layer's neurons, where layers have `neurons` on average. Error if
+// it is neither, or not in [0, neurons].
+double parse_target_active(const std::string& text, double neurons);
 
 // Throws Error naming the first option outside its range.
 void validate(const TrainOptions& options);

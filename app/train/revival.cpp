@@ -9,10 +9,22 @@ namespace twell::app {
 
 using torch::Tensor;
 
+namespace {
+
+int64_t neurons_of(const ModelConfig& config) {  // of all layers together
+  int64_t sum = 0;
+  for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    sum += config.intermediate_size[layer];
+  }
+  return sum;
+}
+
+}  // namespace
+
 Revival::Revival(int64_t after, uint64_t seed, const Llama& model)
     : after_(after),
       seed_(seed),
-      idle_(torch::zeros({model.config().num_hidden_layers, model.config().intermediate_size},
+      idle_(torch::zeros({neurons_of(model.config())},
                          torch::TensorOptions(model.device()).dtype(torch::kInt32))) {}
 
 std::vector<int64_t> Revival::step(int64_t step, const std::vector<Tensor>& activity, Llama& model,
@@ -20,7 +32,7 @@ std::vector<int64_t> Revival::step(int64_t step, const std::vector<Tensor>& acti
   std::vector<int64_t> revived(activity.size(), 0);
   if (after_ == 0) return revived;
   const torch::NoGradGuard no_grad;
-  idle_.add_(1).mul_(torch::stack(activity).eq(0));
+  idle_.add_(1).mul_(torch::cat(activity).eq(0));
   // The device is not asked before there can be any, nor in every step.
   if (step < next_check_ || step % std::max<int64_t>(1, after_ / 16) != 0) return revived;
   // Drawn on the CPU, so that all devices draw alike. An odd multiplier gives each step its own
@@ -28,8 +40,10 @@ std::vector<int64_t> Revival::step(int64_t step, const std::vector<Tensor>& acti
   auto random = at::make_generator<at::CPUGeneratorImpl>(seed_ ^ static_cast<uint64_t>(step) *
                                                                      0x9e3779b97f4a7c15u);
   const ModelConfig& config = model.config();
+  int64_t first = 0;  // of the layer's neurons
   for (size_t layer = 0; layer < activity.size(); ++layer) {
-    Tensor idle = idle_[static_cast<int64_t>(layer)];
+    Tensor idle = idle_.narrow(0, first, activity[layer].size(0));
+    first += activity[layer].size(0);
     const Tensor rows = idle.ge(after_).nonzero().flatten();
     revived[layer] = rows.size(0);
     if (rows.size(0) == 0) continue;

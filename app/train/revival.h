@@ -27,8 +27,8 @@ class Revival {
   std::vector<int64_t> step(int64_t step, const std::vector<torch::Tensor>& activity, Llama& model,
                             AdamW& optimizer);
 
-  // [layers, neurons] int32 on the model's device: steps since the neuron fired or was revived. It
-  // is this class's own memory, for checkpoints to write and to fill.
+  // int32 on the model's device, one layer's neurons after the other's: steps since the neuron
+  // fired or was revived. It is this class's own memory, for checkpoints to write and to fill.
   torch::Tensor idle() const { return idle_; }
 
  private:

@@ -275,7 +275,7 @@ Trainer::Trainer(const TrainRun& run)
   } else {
     state_.corpus_hash = hash;
     state_.controller.target =
-        parse_target_active(o.target_active, model_.config().intermediate_size);
+        parse_target_active(o.target_active, model_.config().intermediate_size.mean());
     state_.controller.initial = o.lambda;
     state_.controller.warmup = o.warmup;
     state_.controller.arrival = o.arrival;
@@ -436,9 +436,13 @@ void Trainer::log(bool with_heldout) {
   line_.emplace();
   line_->steps = window_.steps;
   line_->tokens = window_.tokens;
-  const Tensor activity = torch::stack(window_.activity);  // [layers, neurons]
-  line_->sums = Readback(torch::cat({window_.figures, activity.sum(1).to(torch::kFloat64),
-                                     activity.eq(0).sum(1).to(torch::kFloat64)}));
+  std::vector<Tensor> pairs, silent;  // scalars, one per layer
+  for (const Tensor& activity : window_.activity) {
+    pairs.push_back(activity.sum());
+    silent.push_back(activity.eq(0).sum());
+  }
+  line_->sums = Readback(torch::cat({window_.figures, torch::stack(pairs).to(torch::kFloat64),
+                                     torch::stack(silent).to(torch::kFloat64)}));
   Json paths = Json::array();
   for (const FfnPath path : paths_) paths.push_back(name_of(path));
   line_->json = {{"step", state_.step},
@@ -469,7 +473,7 @@ void Trainer::write_line() {
   json["loss"] = sums[kLoss] / steps;
   json["l1"] = sums[kL1] / steps;
   json["active"] = sums[kActive] / steps;
-  json["share"] = sums[kActive] / steps / static_cast<double>(model_.config().intermediate_size);
+  json["share"] = sums[kActive] / steps / model_.config().intermediate_size.mean();
   json["gradient_norm"] = sums[kGradientNorm] / steps;
   const size_t layers = (sums.size() - kFigures) / 2;
   for (size_t layer = 0; layer < layers; ++layer) {
@@ -496,8 +500,7 @@ std::string Trainer::progress_text() const {
     std::snprintf(text, sizeof text, "step %lld", static_cast<long long>(state_.step));
     return text;
   }
-  const double share =
-      100 * state_.controller.active / static_cast<double>(model_.config().intermediate_size);
+  const double share = 100 * state_.controller.active / model_.config().intermediate_size.mean();
   std::snprintf(text, sizeof text, "step %lld, loss %.3f, active %.1f (%.1f%%), %.0f tokens/s",
                 static_cast<long long>(state_.step), landed_[kLoss], state_.controller.active,
                 share, static_cast<double>(window_.tokens) / window_.seconds);
@@ -543,7 +546,7 @@ Json Trainer::run() {
 Json Trainer::summary() {
   const TrainOptions& o = state_.options;
   const Evaluation heldout = evaluate_heldout(kFinalEvaluation * o.eval_tokens);
-  const auto neurons = static_cast<double>(model_.config().intermediate_size);
+  const LayerWidths& neurons = model_.config().intermediate_size;
   Json silent = Json::array(), active = Json::array();
   for (const LayerActivity& layer : heldout.layers) {
     active.push_back(layer.active);
@@ -561,9 +564,9 @@ Json Trainer::summary() {
                                         model_.config().vocab_size)},
           {"loss_unit", "nats per token"},
           {"heldout_perplexity", heldout.perplexity()},
-          {"neurons", model_.config().intermediate_size},
+          {"neurons", neurons},
           {"active", heldout.active()},
-          {"active_share", heldout.active() / neurons},
+          {"active_share", heldout.active() / neurons.mean()},
           {"target_active", state_.controller.target},
           {"active_per_layer", active},
           {"silent_per_layer", silent},

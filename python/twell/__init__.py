@@ -1,5 +1,6 @@
 """Sparse feed-forward blocks (FFN) for large language models.
 
+    twell.from_pretrained(folder)             # as transformers does; layers may differ in width
     twell.apply(model)                        # a transformers Llama or Qwen2 model with ReLU
     block = twell.GatedFFN(hidden, neurons)   # or the block alone
     out = twell.functional.gated_ffn(x, gate, up, down)
@@ -9,7 +10,7 @@ The operators themselves are in ``torch.ops.twell``.
 """
 
 from twell import functional
-from twell.huggingface import HuggingFaceFFN, Summary, apply, restore
+from twell.huggingface import HuggingFaceFFN, Summary, apply, from_pretrained, restore
 from twell.modules import FFN, GatedFFN
 from twell.planning import plan
 
@@ -19,6 +20,7 @@ __all__ = [
     "HuggingFaceFFN",
     "Summary",
     "apply",
+    "from_pretrained",
     "functional",
     "plan",
     "restore",

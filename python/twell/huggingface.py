@@ -1,6 +1,7 @@
 """One line for a model of the transformers library: ``twell.apply(model)``."""
 
 import dataclasses
+import os
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,22 @@ class Summary:
 
     Attributes:
         modules: the names of the blocks that were replaced.
-        hidden, neurons: their shape; that of the first, should they differ.
+        hidden: their hidden size.
+        neurons: the neurons of each.
         largest_error: the largest relative difference ‖y_twell − y‖ / ‖y‖ that the check saw.
     """
 
     modules: tuple[str, ...]
     hidden: int
-    neurons: int
+    neurons: tuple[int, ...]
     largest_error: float
 
     def __str__(self) -> str:
+        least, most = min(self.neurons), max(self.neurons)
+        neurons = f"{least} to {most}" if least < most else f"{most}"
         return (
             f"twell: replaced {len(self.modules)} feed-forward blocks "
-            f"({self.hidden} × {self.neurons}), {self.modules[0]} to {self.modules[-1]}; "
+            f"({self.hidden} × {neurons}), {self.modules[0]} to {self.modules[-1]}; "
             f"largest relative difference {self.largest_error:.1e}"
         )
 
@@ -58,6 +62,23 @@ class HuggingFaceFFN(GatedFFN):
         mlp.up_proj.weight = self.up
         mlp.down_proj.weight = _transposed(self.down)
         return mlp.train(self.training)
+
+
+def from_pretrained(name: str | os.PathLike, **keywords) -> nn.Module:
+    """Loads a causal language model as ``transformers.AutoModelForCausalLM.from_pretrained`` does.
+
+    That class alone refuses a checkpoint of ``twell compact`` whose layers differ in width: its
+    model type is twell's own, "twell_llama" or "twell_qwen2". Here it loads, and what
+    ``save_pretrained`` writes is such a checkpoint again. The FFNs are those of transformers;
+    ``apply`` swaps them.
+
+    Args:
+        name: a folder, or what else ``from_pretrained`` takes.
+        keywords: its other arguments.
+    """
+    from twell.models import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, **keywords)
 
 
 def apply(model: nn.Module, path: Path = "auto") -> Summary:
@@ -103,8 +124,9 @@ def apply(model: nn.Module, path: Path = "auto") -> Summary:
     except Exception:
         _put_back(model, replaced)
         raise
-    ffn = model.get_submodule(replaced[0])
-    return Summary(tuple(replaced), ffn.hidden, ffn.neurons, largest_error)
+    ffns = [model.get_submodule(name) for name in replaced]
+    neurons = tuple(ffn.neurons for ffn in ffns)
+    return Summary(tuple(replaced), ffns[0].hidden, neurons, largest_error)
 
 
 def restore(model: nn.Module) -> int:

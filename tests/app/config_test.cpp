@@ -198,6 +198,69 @@ TEST(Config, IsReadByTransformers) {
   }
 }
 
+TEST(Config, ReadsAndWritesWidthsPerLayer) {
+  for (const char* type : {"llama", "qwen2"}) {
+    json document = minimal("twell_" + std::string(type));
+    document["intermediate_size"] = {88, 8};
+    const ModelConfig c = read(document);
+    EXPECT_EQ(c.model_type, type);
+    EXPECT_EQ(c.intermediate_size, LayerWidths({88, 8}));
+    EXPECT_FALSE(c.intermediate_size.all_equal());
+    EXPECT_EQ(c.intermediate_size[0], 88);
+    EXPECT_EQ(c.intermediate_size[1], 8);
+    EXPECT_EQ(c.intermediate_size.mean(), 48);
+    const TemporaryFolder folder;
+    write_config(folder.path(), c);
+    const json written = json::parse(contents(folder / "config.json"));
+    EXPECT_EQ(written["model_type"], document["model_type"]);
+    EXPECT_EQ(written["intermediate_size"], document["intermediate_size"]);
+    EXPECT_EQ(written["architectures"][0],
+              type == std::string("llama") ? "TwellLlamaForCausalLM" : "TwellQwen2ForCausalLM");
+    EXPECT_EQ(read_config(folder.path()).intermediate_size, c.intermediate_size);
+    EXPECT_EQ(read_config(folder.path()).model_type, type);
+  }
+  // Widths that are equal after all are a Llama's.
+  json document = minimal("twell_llama");
+  document["intermediate_size"] = {24, 24};
+  const ModelConfig c = read(document);
+  EXPECT_EQ(c.intermediate_size, 24);
+  const TemporaryFolder folder;
+  write_config(folder.path(), c);
+  EXPECT_EQ(json::parse(contents(folder / "config.json"))["intermediate_size"], 24);
+  EXPECT_EQ(json::parse(contents(folder / "config.json"))["model_type"], "llama");
+}
+
+TEST(Config, RefusesBadWidthsByName) {
+  const auto expect = [](const json& widths, const std::string& part,
+                         const std::string& type = "twell_llama") {
+    json document = minimal(type);
+    document["intermediate_size"] = widths;
+    EXPECT_ERROR(read(document), part);
+    EXPECT_ERROR(read(document), "intermediate_size");
+  };
+  expect(json::array(), "an array of num_hidden_layers = 2");
+  expect({8}, "an array of 1");
+  expect({8, 16, 24}, "an array of 3");
+  expect({24, 24, 24}, "an array of 3");
+  expect({8, 0}, "intermediate_size[1]\" is 0");
+  expect({8, -8}, "-8");
+  expect({12, 8}, "multiple of 8");
+  expect({8, 20}, "intermediate_size[1]\" = 20");
+  expect({8, 4}, "from 8");
+  expect({8, "16"}, "intermediate_size[1]\" is \"16\"");
+  expect({8, 16.5}, "16.5");
+  expect({8, uint64_t{1} << 63}, "9223372036854775808");
+  expect(88, "an array");
+  expect(nullptr, "an array");
+  expect({8, 16}, "must be an integer", "llama");
+  expect({8, 16}, "must be an integer", "qwen2");
+  ModelConfig c = read(minimal());
+  c.intermediate_size = LayerWidths({8, 16, 24});
+  EXPECT_ERROR(validate(c), "num_hidden_layers = 2");
+  c.intermediate_size = LayerWidths(std::vector<int64_t>());
+  EXPECT_ERROR(validate(c), "intermediate_size");
+}
+
 TEST(Config, ValidatesBeforeWriting) {
   const TemporaryFolder folder;
   ModelConfig c = read(minimal());

@@ -14,7 +14,7 @@ ModelConfig small_config(const std::string& activation = "relu") {
   ModelConfig c;
   c.vocab_size = 50;
   c.hidden_size = 32;
-  c.intermediate_size = 80;
+  c.intermediate_size = LayerWidths({80, 24, 104});
   c.num_hidden_layers = 3;
   c.num_attention_heads = 4;
   c.num_key_value_heads = 2;
@@ -41,7 +41,8 @@ TEST(Observe, CountsWhatTheModelCounts) {
   ASSERT_EQ(traces.size(), 3u);
 
   const torch::NoGradGuard no_grad;
-  const torch::Tensor counts = torch::zeros({3, 80}, torch::kInt64);
+  std::vector<torch::Tensor> counts;
+  for (const int neurons : {80, 24, 104}) counts.push_back(torch::zeros({neurons}, torch::kInt64));
   for (const int first : {0, 32}) {  // two whole windows; the rest is left out
     torch::Tensor tokens = torch::empty({1, 32}, torch::kInt64);
     for (int i = 0; i < 32; ++i) tokens[0][i] = stream[first + i];
@@ -54,9 +55,10 @@ TEST(Observe, CountsWhatTheModelCounts) {
   for (int layer = 0; layer < 3; ++layer) {
     const Trace& trace = traces[layer];
     EXPECT_EQ(trace.layer, layer);
+    ASSERT_EQ(trace.neurons, counts[layer].size(0));
     EXPECT_EQ(trace.tokens(), 64);
     EXPECT_EQ(static_cast<std::int64_t>(trace.cols.size()), counts[layer].sum().item<int64_t>());
-    for (int n = 0; n < 80; ++n) {
+    for (int n = 0; n < trace.neurons; ++n) {
       EXPECT_EQ(std::count(trace.cols.begin(), trace.cols.end(), n),
                 counts[layer][n].item<std::int64_t>());
       EXPECT_FLOAT_EQ(trace.rate[n], counts[layer][n].item<float>() / 64);
@@ -83,21 +85,22 @@ TEST(Observe, RefusesWhatIsNotRelu) {
 
 TEST(InspectReport, SaysWhatTheTracesSay) {
   Trace sparse = random_pattern(256, 1024, 0.005, 1);
-  Trace full = random_pattern(256, 1024, 1.0, 1);
+  Trace full = random_pattern(256, 512, 1.0, 1);
   full.layer = 6;
   const std::vector<Trace> traces = {sparse, full};
   const auto report = inspect_report("somewhere", traces, {.hidden = 512});
   EXPECT_EQ(report["source"], "somewhere");
   EXPECT_EQ(report["tokens"], 256);
-  EXPECT_EQ(report["neurons"], 1024);
   ASSERT_EQ(report["layers"].size(), 2u);
   const auto& first = report["layers"][0];
   const auto& second = report["layers"][1];
   EXPECT_NEAR(double{first["active_mean"]}, 5.12, 0.6);
   EXPECT_EQ(second["layer"], 6);
-  EXPECT_EQ(second["active_mean"], 1024.0);
-  EXPECT_EQ(second["active_max"], 1024);
-  EXPECT_EQ(second["union_mean"]["128"], 1024.0);
+  EXPECT_EQ(first["neurons"], 1024);
+  EXPECT_EQ(second["neurons"], 512);
+  EXPECT_EQ(second["active_mean"], 512.0);
+  EXPECT_EQ(second["active_max"], 512);
+  EXPECT_EQ(second["union_mean"]["128"], 512.0);
   EXPECT_EQ(second["overflow_share"]["128"], 1.0);
   EXPECT_EQ(first["overflow_share"]["128"], 0.0);
   EXPECT_GT(double{first["predicted"]["prefill_512"]}, double{second["predicted"]["prefill_512"]});
@@ -106,11 +109,15 @@ TEST(InspectReport, SaysWhatTheTracesSay) {
 }
 
 TEST(InspectReport, IsDrawn) {
-  const Trace trace = random_pattern(256, 1024, 0.01, 1);
-  const auto report = inspect_report("a<b", {&trace, 1}, {.hidden = 512});
+  const std::vector<Trace> traces = {random_pattern(256, 1024, 0.01, 1),
+                                     random_pattern(256, 64, 0.01, 1)};
+  const auto report = inspect_report("a<b", {traces.data(), 1}, {.hidden = 512});
   const std::string text = draw_text(report);
   EXPECT_NE(text.find("a<b: layers: 1, neurons of each: 1024, tokens: 256"), std::string::npos);
   EXPECT_NE(text.find("████████████████████"), std::string::npos);  // the largest mean: a full bar
+  EXPECT_NE(draw_text(inspect_report("x", traces, {.hidden = 512}))
+                .find("x: layers: 2, neurons of each: 64 to 1024, tokens: 256"),
+            std::string::npos);
   const std::string page = draw_html(report);
   EXPECT_NE(page.find("a&lt;b"), std::string::npos);
   EXPECT_EQ(page.find("src="), std::string::npos);

@@ -66,6 +66,13 @@ TEST(PatternedModel, FiresExactlyWhereThePatternsSay) {
   EXPECT_ERROR(patterned_model(small_config(), {random_pattern(32, 128, 0.1, 7)}, 3, torch::kCPU),
                "136");
   EXPECT_ERROR(patterned_model(small_config(), {}, 3, torch::kCPU), "at least one");
+  ModelConfig uneven = small_config();
+  uneven.intermediate_size = LayerWidths({136, 40, 136});
+  const std::vector<Trace> unlike = {random_pattern(32, 136, 0.1, 7),
+                                     random_pattern(32, 40, 0.1, 8)};
+  Llama other = patterned_model(uneven, unlike, 3, torch::kCPU);
+  EXPECT_TRUE(follows_patterns(other, unlike, torch::arange(32, torch::kInt64).view({1, 32})));
+  EXPECT_ERROR(patterned_model(uneven, patterns, 3, torch::kCPU), "layer 1 has 136");
 }
 
 TEST(PatternedModel, TokensFollowTheRows) {

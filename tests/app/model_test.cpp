@@ -9,6 +9,7 @@
 #include "app/model/decoder.h"
 #include "app/model/llama.h"
 #include "app/model/sample.h"
+#include "tests/app/fixtures.h"
 
 namespace twell::app {
 namespace {
@@ -300,6 +301,66 @@ TEST(Llama, DenseAndTwellAgree) {
   const Tensor dense = model.forward(tokens, options);
   options.ffn = FfnMode::kTwell;
   EXPECT_LT(difference(dense, model.forward(tokens, options)), 1e-4);
+}
+
+// Against a model of one width, whose layers have zeros for the neurons that the others lack.
+TEST(Llama, LayersMayDifferInWidth) {
+  ModelConfig config = small_config();
+  config.intermediate_size = LayerWidths({72, 16});
+  Llama model = small_model(config), wide = small_model();
+  for (auto& [name, value] : model.parameters()) {
+    Tensor& other = wide.parameters().at(name);
+    if (name.find("layers.1.mlp.") != std::string::npos) {
+      ASSERT_EQ(value.sizes(), (std::vector<int64_t>{16, 32})) << name;
+      other.zero_().narrow(0, 0, 16).copy_(value);
+    } else {
+      other.copy_(value);
+    }
+    value.requires_grad_(true);
+    other.requires_grad_(true);
+  }
+  const Tensor tokens = some_tokens(2, 33);
+  for (const FfnMode mode : {FfnMode::kDense, FfnMode::kTwell, FfnMode::kAuto}) {
+    for (const bool recompute : {false, true}) {
+      std::vector<FfnOutput> ffns;
+      ForwardOptions options;
+      options.ffn = mode;
+      options.ffn_outputs = &ffns;
+      options.recompute = recompute;
+      const Tensor got = model.forward(tokens, options);
+      const Tensor want = wide.forward(tokens, options);
+      EXPECT_LT(difference(got, want), 1e-4);
+      ASSERT_EQ(ffns.size(), 4u);
+      EXPECT_TRUE(ffns[1].activity.equal(ffns[3].activity.narrow(0, 0, 16)));
+      model.logits(got).square().sum().backward();
+      wide.logits(want).square().sum().backward();
+      for (auto& [name, value] : model.parameters()) {
+        const Tensor other = wide.parameters().at(name).grad().narrow(0, 0, value.size(0));
+        const double size = other.abs().max().item<double>();
+        EXPECT_LT(difference(value.grad(), other), 1e-3 * size) << name;
+        value.mutable_grad().reset();
+        wide.parameters().at(name).mutable_grad().reset();
+      }
+    }
+  }
+}
+
+TEST(Llama, WidthsSurviveSaving) {
+  const TemporaryFolder folder;
+  ModelConfig config = small_config();
+  config.intermediate_size = LayerWidths({8, 72});
+  const Llama model = small_model(config);
+  model.save(folder.path(), torch::kFloat32);
+  const Llama loaded = Llama::load(folder.path(), torch::kFloat32, torch::kFloat32, torch::kCPU);
+  EXPECT_EQ(loaded.config().intermediate_size, config.intermediate_size);
+  for (const auto& [name, value] : model.parameters()) {
+    EXPECT_TRUE(loaded.parameters().at(name).equal(value)) << name;
+  }
+  std::string text = contents(folder / "config.json");
+  text.replace(text.find("72"), 2, "64");
+  put(folder / "config.json", text);
+  EXPECT_ERROR(Llama::load(folder.path(), torch::kFloat32, torch::kFloat32, torch::kCPU),
+               "config.json wants [32, 64]");
 }
 
 TEST(Llama, RefusesByName) {

@@ -110,7 +110,7 @@ TEST(Recompute, LeavesAModelItsBits) {
 
 TEST(Recompute, ExcludesACache) {
   ModelConfig config;
-  config.vocab_size = config.hidden_size = config.intermediate_size = 16;
+  config.intermediate_size = config.vocab_size = config.hidden_size = 16;
   config.num_hidden_layers = config.num_attention_heads = config.num_key_value_heads = 1;
   config.head_dim = 16;
   Llama model = Llama::create(config, 7, torch::kFloat32, torch::kCPU);

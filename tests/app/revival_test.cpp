@@ -11,13 +11,14 @@ namespace {
 
 using torch::Tensor;
 
-constexpr int64_t kLayers = 2, kNeurons = 24, kHidden = 16;
+constexpr int64_t kLayers = 2, kHidden = 16;
+constexpr int64_t kNeurons[kLayers] = {40, 24};
 
 ModelConfig small_config() {
   ModelConfig config;
   config.vocab_size = 40;
   config.hidden_size = kHidden;
-  config.intermediate_size = kNeurons;
+  config.intermediate_size = LayerWidths({kNeurons[0], kNeurons[1]});
   config.num_hidden_layers = kLayers;
   config.num_attention_heads = config.num_key_value_heads = 2;
   config.head_dim = 8;
@@ -49,7 +50,9 @@ struct Setting {
 
 std::vector<Tensor> all_fire_but(const std::vector<int64_t>& silent_in_layer_1) {
   std::vector<Tensor> activity(kLayers);
-  for (Tensor& counts : activity) counts = torch::full({kNeurons}, 3, torch::kInt64);
+  for (int64_t layer = 0; layer < kLayers; ++layer) {
+    activity[layer] = torch::full({kNeurons[layer]}, 3, torch::kInt64);
+  }
   for (const int64_t n : silent_in_layer_1) activity[1][n] = 0;
   return activity;
 }
@@ -100,7 +103,8 @@ TEST(Revival, CountsLikeANaiveCounter) {
     Setting s;
     Revival revival(after, 3, s.model);
     std::mt19937 random(static_cast<unsigned>(after));
-    std::vector<std::vector<int64_t>> idle(kLayers, std::vector<int64_t>(kNeurons, 0));
+    std::vector<std::vector<int64_t>> idle;
+    for (const int64_t neurons : kNeurons) idle.emplace_back(neurons, 0);
     for (int64_t step = 1; step <= 120; ++step) {
       if (step == 60) {  // as after a resume: the counters alone come back
         Revival resumed(after, 3, s.model);
@@ -110,8 +114,8 @@ TEST(Revival, CountsLikeANaiveCounter) {
       std::vector<Tensor> activity(kLayers);
       std::vector<int64_t> want(kLayers, 0);
       for (int64_t layer = 0; layer < kLayers; ++layer) {
-        activity[layer] = torch::zeros({kNeurons}, torch::kInt64);
-        for (int64_t n = 0; n < kNeurons; ++n) {
+        activity[layer] = torch::zeros({kNeurons[layer]}, torch::kInt64);
+        for (int64_t n = 0; n < kNeurons[layer]; ++n) {
           const bool fires = std::bernoulli_distribution(0.02 * double(n))(random);
           activity[layer][n] = fires ? 4 : 0;
           idle[layer][n] = fires ? 0 : idle[layer][n] + 1;

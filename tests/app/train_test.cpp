@@ -62,6 +62,8 @@ TEST(Options, TargetIsANumberOrAShare) {
   EXPECT_DOUBLE_EQ(parse_target_active("52", 1536), 52);
   EXPECT_DOUBLE_EQ(parse_target_active("4%", 1500), 60);
   EXPECT_DOUBLE_EQ(parse_target_active("0", 1536), 0);
+  EXPECT_DOUBLE_EQ(parse_target_active("50%", 68.5), 34.25);
+  EXPECT_THROW(parse_target_active("69", 68.5), Error);
   for (const char* bad : {"", "x", "-1", "4 %", "101%", "1537", "nan", "inf", "5%%"}) {
     EXPECT_THROW(parse_target_active(bad, 1536), Error) << bad;
   }

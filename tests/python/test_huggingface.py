@@ -49,7 +49,7 @@ def test_same_logits(family, dtype, path):
     expected = logits(model)
     summary = twell.apply(model, path)
     assert summary.modules == tuple(f"model.layers.{i}.mlp" for i in range(3))
-    assert (summary.hidden, summary.neurons) == (64, 136)
+    assert (summary.hidden, summary.neurons) == (64, (136, 136, 136))
     assert "replaced 3 feed-forward blocks (64 × 136)" in str(summary)
     assert all(isinstance(layer.mlp, twell.GatedFFN) for layer in model.model.layers)
     assert not any(m.training for m in model.modules())
