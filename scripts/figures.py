@@ -169,27 +169,18 @@ def gpu_table(rows: list[dict], columns: Columns) -> str:
 
 def gpu_section(report: dict) -> str:
     """Every case, its picture, and the gate."""
-    # Files from before these columns and the gate's rows were recorded lack them.
-    more = GPU_MORE_COLUMNS if "auto_path" in report["results"][0] else []
-    text = (
+    return (
         f"\n## {report['device']}\n\n{gpu_line(report).replace('](bench/', '](../bench/')}\n\n"
         f"![Speed-up of one feed-forward block](pictures/{gpu_picture(report)})\n\n"
+        "The strongest dense form is the fastest of PyTorch's two projections and its"
+        " concatenated one, each as it is and compiled. auto is what the planner chooses by"
+        " itself, told the pattern's means, and its speed-up over PyTorch dense.\n\n"
+        f"{gpu_table(report['results'], GPU_COLUMNS + GPU_MORE_COLUMNS)}\n"
+        f"\n## {report['device']}, the gate\n\nThe gate's kernel in that forward, and"
+        " gate_pack, which writes its words too, against cuBLAS's product of the same shape;"
+        " medians, by the profiler, in turns, L2 flushed.\n\n"
+        f"{gpu_table(report['gate'], GATE_COLUMNS)}\n"
     )
-    if more:
-        text += (
-            "The strongest dense form is the fastest of PyTorch's two projections and its"
-            " concatenated one, each as it is and compiled. auto is what the planner chooses by"
-            " itself, told the pattern's means, and its speed-up over PyTorch dense.\n\n"
-        )
-    text += f"{gpu_table(report['results'], GPU_COLUMNS + more)}\n"
-    if "gate" in report:
-        text += (
-            f"\n## {report['device']}, the gate\n\nThe gate's kernel in that forward, and"
-            " gate_pack, which writes its words too, against cuBLAS's product of the same shape;"
-            " medians, by the profiler, in turns, L2 flushed.\n\n"
-            f"{gpu_table(report['gate'], GATE_COLUMNS)}\n"
-        )
-    return text
 
 
 def gpu_picture(report: dict) -> str:
@@ -261,7 +252,7 @@ def model_table(rows: list[dict], forms: tuple[str, ...] = ("twell", "auto")) ->
 
 
 def is_headline(row: dict) -> bool:
-    return row["mode"] != "eval" and (row["source"] == "checkpoint" or row["layers"] > 8)
+    return row["mode"] != "eval" and (row["source"] == "checkpoint" or row["layers"] > 28)
 
 
 KERNELS = {  # the first that a kernel's name matches
@@ -349,7 +340,7 @@ def headline_rows(report: dict) -> list[dict]:
 
 
 def bar_name(pattern: str, job: str, row: dict) -> str:
-    if "active_mean" in row and "active" not in pattern:
+    if "active" not in pattern:
         pattern += f" · {100 * row['active_mean'] / row['neurons']:.1f}% active"
     return f"{pattern} · {job}"
 

@@ -7,8 +7,10 @@
 #include <cmath>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <tuple>
 
 #include "twell/ffn.h"
 
@@ -125,13 +127,23 @@ TEST(PlanFigures, OfAnH200) {
   device.l2_bytes = 60u << 20;
   for (const bool training : {false, true}) {
     const auto report = figures(training ? "h200/ffn_backward.json" : "h200/ffn_forward.json");
+    // The pattern hardly matters to the dense block: of a size's times, the least is the one that
+    // no other work of the host has delayed.
+    std::map<std::tuple<int64_t, int64_t, int64_t>, double> least;
+    const auto dense_ms = [&](const auto& r) -> double& {
+      return least.try_emplace({r.at("tokens"), r.at("hidden"), r.at("neurons")}, r.at("dense_ms"))
+          .first->second;
+    };
+    for (const auto& r : report.at("results")) {
+      dense_ms(r) = std::min(dense_ms(r), r.at("dense_ms").template get<double>());
+    }
     for (const auto& r : report.at("results")) {
       expect_predicted(
           device, {kRatioFactor, kWorstChoice, kWorstSparse},
           {std::string(r.at("case")) + (training ? ", training" : ""),
            {FfnKind::kGated, DType::kBf16, r.at("tokens"), r.at("hidden"), r.at("neurons")},
            {FfnPath::kAuto, training, r.value("active_mean", -1.0), r.value("union_mean", -1.0)},
-           r.at("dense_ms"),
+           dense_ms(r),
            r.at("twell_ms")});
     }
     EXPECT_GE(report.at("results").size(), 7u);
