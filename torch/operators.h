@@ -40,8 +40,8 @@ Tensor ffn_backward_accumulate(const Tensor& grad_y, const std::optional<Tensor>
                                const std::optional<Tensor>& grad_down);
 
 // The plan of twell/ffn.h as a JSON object. kind: gated or plain; path: auto, dense or twell (as
-// the plan's own); expected_active and expected_union: negative if unknown; device: cpu, cuda or
-// cuda:N.
+// the plan's own); expected_active and expected_union: negative if unknown; device: cpu, cuda,
+// cuda:N, or sm_90x132 for a GPU that is not there: 132 multiprocessors of compute capability 9.0.
 std::string ffn_plan(const std::string& kind, ScalarType dtype, std::int64_t tokens,
                      std::int64_t hidden, std::int64_t neurons, const std::string& path,
                      bool training, double expected_active, double expected_union,

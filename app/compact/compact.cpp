@@ -68,10 +68,19 @@ Compaction plan_compaction(const std::vector<Tensor>& activity, int64_t multiple
                 (one_width ? ", and --one-width gives all layers as many"
                            : ", and no other layer can spare any"));
   }
+  result.widths = LayerWidths(widths);
+  if (!result.widths.all_equal()) {
+    for (size_t layer = 0; layer < widths.size(); ++layer) {
+      if (widths[layer] % 8 == 0) continue;
+      throw Error("layer " + std::to_string(layer) + " would have " +
+                  std::to_string(widths[layer]) +
+                  " neurons, and widths that differ must be multiples of 8; choose another "
+                  "--multiple, or --one-width");
+    }
+  }
   for (size_t layer = 0; layer < activity.size(); ++layer) {
     result.kept.push_back(kept_neurons(activity[layer].cpu(), widths[layer]));
   }
-  result.widths = LayerWidths(widths);
   return result;
 }
 

@@ -150,7 +150,7 @@ class FFN(nn.Module):
         in_graph = torch.compiler.is_compiling() or (
             x.is_cuda and torch.cuda.is_current_stream_capturing()
         )
-        # Inside a backward pass a checkpoint recomputes, on the path that its forward took.
+        # Inside a backward pass a checkpoint recomputes: what it measured would count twice.
         observes = self.path == "auto" and tokens > 0 and (in_graph or not _in_backward())
         if observes and not in_graph:
             self._take_measurement()
@@ -216,9 +216,10 @@ class FFN(nn.Module):
 
     @torch.no_grad()
     def _measure(self, out: functional.FfnOutput, tokens: int) -> None:
-        _move(self.mean_active, out.l0 / tokens)
+        _move(self.mean_active, out.l0.to(torch.float32) / tokens)
         if tokens >= _TILE:  # of fewer no neuron's share is known well enough
-            silent = (1 - out.activity / tokens) ** _TILE  # [neurons], in a whole tile
+            share = out.activity.to(torch.float32) / tokens
+            silent = (1 - share) ** _TILE  # [neurons], in a whole tile
             _move(self.mean_union, self.neurons - silent.sum())
 
     def _take_measurement(self) -> None:

@@ -102,6 +102,7 @@ class Backward {
   void run_chunk() {
     const std::int64_t weight_blocks = divide_up(size_.neurons, kProductRows);
     const std::int64_t weight_columns = divide_up(size_.hidden, kWeightColumns);
+    const int sources = x_ == dy_ ? 1 : 2;  // one pass over a matrix serves all its products
 #pragma omp parallel num_threads(plan_.device.threads)
     {
 #pragma omp for schedule(static)
@@ -129,7 +130,7 @@ class Backward {
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t block = 0; block < weight_blocks; ++block) list_neurons(block);
 #pragma omp for schedule(dynamic, 1) collapse(2)
-      for (int source = 0; source < 2; ++source) {
+      for (int source = 0; source < sources; ++source) {
         for (std::int64_t column = 0; column < size_.hidden; column += size_.slab_columns) {
           light_weights(source == 0 ? x_ : dy_, column);
         }

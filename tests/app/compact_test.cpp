@@ -47,6 +47,13 @@ TEST(Compaction, GivesOneWidthIfAsked) {
   EXPECT_EQ(grown.kept[1].size(0), 16);
 }
 
+TEST(Compaction, RefusesWidthsThatDifferAndAreNoMultiplesOf8) {
+  const Tensor most = fires(20, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}),
+               few = fires(20, {2});
+  EXPECT_ERROR(plan_compaction({few, most}, 8, false), "layer 1 would have 20");
+  EXPECT_EQ(plan_compaction({few, few}, 4, false).widths, 4);
+}
+
 TEST(Compaction, SaysWhenThereIsNothingToRemove) {
   const Tensor none = fires(40, {}), nine = fires(40, kNine);
   const Tensor all = torch::ones({40}, torch::kInt64);

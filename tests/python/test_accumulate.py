@@ -58,6 +58,17 @@ def check_parts(block, parts):
         assert relative_error(a, expected) <= 1.1 * relative_error(b, expected) + floor
 
 
+@pytest.mark.parametrize("tokens", [20, 5000])  # of several chunks
+def test_the_gradient_of_y_may_be_x(tokens):
+    block = make_block(tokens, 16, 40, dtype=torch.float32)
+    old = old_gradients(block)
+    apart, shared = [[t.clone() for t in old] for _ in range(2)]
+    accumulate(block, block.x.clone(), apart)
+    accumulate(block, block.x, shared)
+    for a, b in zip(apart, shared, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("density", [0.02, 0.5])
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from test_scripts import FAILED, FAKE_GTEST, REPORT, SKIPPED, case
 
 NVIDIA_SMI = """#!/bin/sh
 case "$*" in
-  -L) echo 'GPU 0: Some GPU (UUID: GPU-0)' ;;
+  -L) echo 'GPU 0: Some GPU (UUID: GPU-0)'; exit 15 ;;  # as when it can't list the next one
   *) echo 'Some GPU, 1.2' ;;
 esac
 """
