@@ -52,31 +52,36 @@ def draw_active(report: dict) -> str:
     return standalone(figure, TEXTS["run-active"])
 
 
-def draw_silent(report: dict) -> str:
+def draw_legs(report: dict, values, words: str, picture: str) -> str:
+    """values(curves) over time, a line for each leg."""
     figure, axes = new_figure()
     for leg, colour in COLOURS.items():
         run = report[leg]
-        neurons = report["settings"]["layers"] * report["settings"]["neurons"]
-        share = [100 * sum(layers) / neurons for layers in run["curves"]["silent_per_layer"]]
-        axes.plot(minutes(run), share, color=colour, lw=1.8, label=NAMES[leg])
+        axes.plot(minutes(run), values(run["curves"]), color=colour, lw=1.8, label=NAMES[leg])
     axes.margins(x=0)
     axes.set_ylim(bottom=0)
-    label(axes, "minutes of training", "% of neurons that did not fire")
+    label(axes, "minutes of training", words)
     legend(axes, loc="lower right")
-    return standalone(figure, TEXTS["run-silent"])
+    return standalone(figure, TEXTS[picture])
+
+
+def draw_silent(report: dict) -> str:
+    neurons = report["settings"]["layers"] * report["settings"]["neurons"]
+    return draw_legs(
+        report,
+        lambda curves: [100 * sum(layers) / neurons for layers in curves["silent_per_layer"]],
+        "% of neurons that did not fire",
+        "run-silent",
+    )
 
 
 def draw_speed(report: dict) -> str:
-    figure, axes = new_figure()
-    for leg, colour in COLOURS.items():
-        run = report[leg]
-        rate = [rate / 1000 for rate in run["curves"]["tokens_per_second"]]
-        axes.plot(minutes(run), rate, color=colour, lw=1.8, label=NAMES[leg])
-    axes.margins(x=0)
-    axes.set_ylim(bottom=0)
-    label(axes, "minutes of training", "thousand tokens per second")
-    legend(axes, loc="lower right")
-    return standalone(figure, TEXTS["run-speed"])
+    return draw_legs(
+        report,
+        lambda curves: [rate / 1000 for rate in curves["tokens_per_second"]],
+        "thousand tokens per second",
+        "run-speed",
+    )
 
 
 PICTURES = {

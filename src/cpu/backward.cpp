@@ -51,7 +51,7 @@ class Backward {
     Carver saved_carver(args.saved);
     saved_ = Saved<T>::carve(plan, saved_carver);
 
-    const auto want = [&](const T* coefficients, const T* source, const T* panel, void* grad) {
+    const auto want = [&](const T* coefficients, Source source, const T* panel, void* grad) {
       if (!grad) return;
       Acc<T>* totals =
           work_.totals ? work_.totals + products_ * size_.neurons * size_.hidden : nullptr;
@@ -62,9 +62,9 @@ class Backward {
     weights_[0] = static_cast<const T*>(gate);
     weights_[1] = static_cast<const T*>(args.weights.up);
     const Coefficients<T>* p = work_.projection;
-    want(p[0].values, x_, work_.x_rows, size_.gated ? args.grad_gate : args.grad_up);
-    if (size_.gated) want(p[1].values, x_, work_.x_rows, args.grad_up);
-    want(work_.h, dy_, work_.dy_rows, args.grad_down);
+    want(p[0].values, kX, work_.x_rows, size_.gated ? args.grad_gate : args.grad_up);
+    if (size_.gated) want(p[1].values, kX, work_.x_rows, args.grad_up);
+    want(work_.h, kDy, work_.dy_rows, args.grad_down);
   }
 
   void run() {
@@ -81,11 +81,13 @@ class Backward {
   }
 
  private:
+  enum Source { kX, kDy, kSources };  // by name: both may be the same memory
+
   // One weight gradient: Σ_t coefficients[t] source[t] for every neuron.
   struct Product {
     const T* coefficients;  // dg, du or h, as Coefficients::values
-    const T* source;        // x or dy
-    const T* panel;         // of the source, over the chunk's tokens
+    Source source;
+    const T* panel;  // of the source, over the chunk's tokens
     T* grad;
     Acc<T>* totals;  // [neurons, hidden] over several chunks
   };
@@ -102,7 +104,6 @@ class Backward {
   void run_chunk() {
     const std::int64_t weight_blocks = divide_up(size_.neurons, kProductRows);
     const std::int64_t weight_columns = divide_up(size_.hidden, kWeightColumns);
-    const int sources = x_ == dy_ ? 1 : 2;  // one pass over a matrix serves all its products
 #pragma omp parallel num_threads(plan_.device.threads)
     {
 #pragma omp for schedule(static)
@@ -130,9 +131,9 @@ class Backward {
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t block = 0; block < weight_blocks; ++block) list_neurons(block);
 #pragma omp for schedule(dynamic, 1) collapse(2)
-      for (int source = 0; source < sources; ++source) {
+      for (int source = kX; source < kSources; ++source) {
         for (std::int64_t column = 0; column < size_.hidden; column += size_.slab_columns) {
-          light_weights(source == 0 ? x_ : dy_, column);
+          light_weights(static_cast<Source>(source), column);
         }
       }
 #pragma omp single
@@ -455,10 +456,11 @@ class Backward {
   }
 
   // The gradients of all light neurons that come from `source`, for a few hidden columns.
-  void light_weights(const T* source, std::int64_t column) {
+  void light_weights(Source source, std::int64_t column) {
     Scratch<T>& own = scratch();
     const std::int64_t columns = std::min(size_.slab_columns, size_.hidden - column);
-    const Rows<T> rows{chunk_rows(source)[0] + column, size_.hidden};
+    const T* matrix = source == kX ? x_ : dy_;
+    const Rows<T> rows{chunk_rows(matrix)[0] + column, size_.hidden};
     copy_rows(rows, tokens_, columns, own.slab, size_.slab_columns);
     for (std::int64_t n = 0; n < size_.neurons; ++n) {
       const NeuronList& list = work_.lists[n];
