@@ -89,10 +89,13 @@ struct Item {
 template <bool kGated>
 __device__ __forceinline__ int next_item(Shared<kGated>& shared, std::uint32_t n) {
   ptx::mbarrier_wait(&shared.item_full[n % 2], n / 2 % 2);
-  const int item = shared.items[n % 2];
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.item_empty[n % 2]);
-  return item;
+  __syncwarp();  // no lane may find the barrier two phases on
+  int item = 0;
+  if (threadIdx.x % 32 == 0) {
+    item = shared.items[n % 2];
+    ptx::mbarrier_arrive(&shared.item_empty[n % 2]);
+  }
+  return __shfl_sync(~0u, item, 0);
 }
 
 template <bool kGated>
