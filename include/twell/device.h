@@ -42,6 +42,7 @@ Device cpu_device(int threads);
 
 // CUDA device `ordinal`; kUnsupported, by name, if twell was built without CUDA or if there is no
 // such device. One older than sm_80 runs no kernel of twell's: plans for it are dense or refused.
+// Built with TWELL_CUDA_PORTABLE, a newer one is described as of sm_80.
 Result<Device> cuda_device(int ordinal);
 
 }  // namespace twell

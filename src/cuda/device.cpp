@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <string>
 
 #include "cuda/check.h"
@@ -34,6 +35,11 @@ Result<Device> cuda_device(int ordinal) {
   if (error == cudaSuccess) error = query(l2, cudaDevAttrL2CacheSize);
   if (error != cudaSuccess) return cuda::check(error, asked.c_str());
   device.compute_capability = 10 * major + minor;
+#ifdef TWELL_CUDA_PORTABLE
+  // The kernels are those of sm_80, which must not be launched as Hopper's are: they have no wait
+  // for the previous kernel (ptx/grid.cuh).
+  device.compute_capability = std::min(device.compute_capability, 80);
+#endif
   device.shared_memory_bytes = static_cast<std::size_t>(shared);
   device.l2_bytes = static_cast<std::size_t>(l2);
   return device;

@@ -16,8 +16,9 @@ case "$*" in
 esac
 """
 
-# Says what it found, as far as scripts/test-gpu looks at it.
+# Says what it was asked for and what it found, as far as scripts/test-gpu looks at it.
 CMAKE = """#!/bin/sh
+echo "$*"
 echo '-- twell: no program, for lack of CLI11 UTF8PROC'
 """
 
@@ -44,12 +45,13 @@ def put(path, text):
 
 @pytest.fixture
 def machine(tmp_path):
-    """Runs test-gpu in a machine whose build has come to `report`."""
+    """Runs test-gpu in a machine whose build has come to `report`, its portable one to another."""
     put(tmp_path / "bin/cmake", CMAKE)
 
-    def run(*arguments, report, gpu=True, **environment):
+    def run(*arguments, report, portable=None, gpu=True, **environment):
         put(tmp_path / "bin/nvidia-smi", NVIDIA_SMI if gpu else "#!/bin/sh\nexit 9\n")
-        put(tmp_path / "build/tests/twell_cuda_tests", FAKE_GTEST % (REPORT % report))
+        for folder, its in (("build", report), ("build-portable", portable or report)):
+            put(tmp_path / folder / "tests/twell_cuda_tests", FAKE_GTEST % (REPORT % its))
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
         environment = {"PATH": path, "TWELL_BUILD": tmp_path / "build", **environment}
         environment = {"TWELL_PYTHON": sys.executable, "TWELL_OUT": tmp_path, **environment}
@@ -76,7 +78,7 @@ def test_what_is_left_out_is_said_last(machine, bare_python):
     status, lines, _ = machine(report=case("a"), TWELL_PYTHON=bare_python)
     assert status == 0
     assert lines[-3:] == [
-        "1 passed, 0 failed",
+        "2 passed, 0 failed",
         f"twell: left out ops: {bare_python} lacks torch pytest",
         f"twell: left out program and app: {bare_python} lacks torch pytest",
     ]
@@ -85,11 +87,27 @@ def test_what_is_left_out_is_said_last(machine, bare_python):
 def test_a_gpu_may_not_be_skipped(machine, bare_python):
     status, lines, _ = machine(report=case("a", SKIPPED), TWELL_PYTHON=bare_python)
     assert status == 1
-    assert lines[-3] == "0 passed, 1 failed, 1 skipped"
-    assert "  skipped 1: there is no GPU" in lines
+    assert lines[-3] == "0 passed, 2 failed, 2 skipped"
+    assert lines.count("  skipped 1: there is no GPU") == 2
+    status, lines, _ = machine(
+        report=case("a"), portable=case("a", SKIPPED), TWELL_PYTHON=bare_python
+    )
+    assert status == 1
+    assert "  FAILED portable: skipped every test" in lines
     status, lines, _ = machine(report=case("a", SKIPPED), gpu=False, TWELL_PYTHON=bare_python)
     assert status == 0
     assert "twell: nvidia-smi lists no GPU, so the GPU tests skip" in lines
+
+
+def test_the_kernels_are_built_twice(machine, bare_python, tmp_path):
+    report = case("a") + case("b")
+    _, lines, _ = machine(report=report, portable=case("a"), TWELL_PYTHON=bare_python)
+    assert lines[-3] == "3 passed, 0 failed"
+    for folder, is_portable in (("build", False), ("build-portable", True)):
+        asked = (tmp_path / folder / "configure.log").read_text().splitlines()[0].split()
+        assert asked[:4] == ["-S", str(ROOT), "-B", str(tmp_path / folder)]
+        assert ("-DTWELL_CUDA_PORTABLE=ON" in asked) == is_portable
+        assert "-DTWELL_TORCH=OFF" in asked
 
 
 def test_a_program_that_cannot_be_built_is_left_out(machine, monkeypatch):
