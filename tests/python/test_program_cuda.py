@@ -1,4 +1,5 @@
-"""The program on CUDA in bf16: its sparse and its planned FFNs against dense ones and the CPU's."""
+"""The program on CUDA in bf16: its sparse and its planned FFNs against dense ones and the CPU's,
+and a run that is killed."""
 
 import json
 import math
@@ -6,6 +7,7 @@ import math
 import pytest
 from program import needs_program, twell, twell_json, write_text, write_tokenizer
 from safetensors.torch import load_file
+from test_program_train import check_same_run, kill_and_resume, start, wait_for_steps
 
 pytestmark = [pytest.mark.gpu, needs_program]
 
@@ -22,16 +24,26 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(text):
-    """A small model, trained on the CPU until it is sparse."""
-    tokenizer = write_tokenizer(text.parent / "tokenizer.json", text)
-    folder = text.parent / "model"
+def tokenizer(text):
+    return write_tokenizer(text.parent / "tokenizer.json", text)
+
+
+def training(text, tokenizer, folder, **flags):
+    """The arguments that train a small model."""
     flags = {
+        "data": text, "tokenizer": tokenizer, "out": folder,
         "layers": 2, "hidden": 64, "neurons": 256, "heads": 2, "kv-heads": 1, "context": 128,
-        "batch": 4, "steps": 150, "target-active": "10%", "heldout": 0.2, "log-every": 50,
+        "batch": 4, "target-active": "10%", "heldout": 0.2, **flags,
     }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    twell("train", "--data", text, "--tokenizer", tokenizer, "--out", folder, *words)
+    words = ((f"--{name.replace('_', '-')}", value) for name, value in flags.items())
+    return ["train", *(word for pair in words for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def model(text, tokenizer):
+    """A small model, trained on the CPU until it is sparse."""
+    folder = text.parent / "model"
+    twell(*training(text, tokenizer, folder, steps=150, log_every=50))
     return folder
 
 
@@ -138,3 +150,17 @@ def test_times_a_block(tmp_path, kind, ffn, tokens, density, path):
     assert result["twell_error"] <= 1.1 * result["dense_error"]
     assert result["active_mean"] == pytest.approx(density * 1024, rel=0.2)
     assert min(result["dense_ms"], result["twell_ms"]) > 0
+
+
+def test_kills_resume_to_the_same_bits(text, tokenizer, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "broken"
+    device = ["--device", "cuda"]
+
+    def run(out):
+        flags = {"steps": 300, "checkpoint_every": 7, "log_every": 1, "revive_after": 9}
+        return [*training(text, tokenizer, out, ffn="twell", **flags), *device]
+
+    twell(*run(whole))
+    process = start(*run(folder))
+    kill_and_resume(process, folder, 3, *device, wait=wait_for_steps, seconds=0.1)
+    check_same_run(folder, whole)

@@ -146,17 +146,47 @@ def wait_for_checkpoint(process, folder):
         time.sleep(0.01)
 
 
-def kill_and_resume(process, folder, kills):
+def wait_for_steps(process, folder):
+    """Until the run, just started, has written a checkpoint and gone on from it."""
+
+    def wait_for_another(name, look):
+        before = now = look(folder / name)
+        while now == before:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
+            now = look(folder / name)
+
+    wait_for_another(
+        "checkpoint.safetensors", lambda path: path.exists() and path.stat().st_mtime_ns
+    )
+    wait_for_another("metrics.jsonl", lambda path: path.stat().st_size)
+
+
+def kill_and_resume(process, folder, kills, *more, wait=wait_for_checkpoint, seconds=0.6):
     """Kills the run at random moments, resumes it each time, and waits for its end."""
     moments = random.Random(kills)
     for _ in range(kills):
-        wait_for_checkpoint(process, folder)
-        time.sleep(moments.uniform(0, 0.6))
+        wait(process, folder)
+        time.sleep(moments.uniform(0, seconds))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        process = start("train", "--resume", "--out", folder)
+        process = start("train", "--resume", "--out", folder, *more)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
+
+
+def check_same_run(folder, whole):
+    """The same bits of all that was trained and is needed to go on, and the same metrics."""
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    ours, theirs = (load_file(path / "checkpoint.safetensors") for path in (folder, whole))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    ours, theirs = metrics(folder), metrics(whole)
+    for name in ("step", "loss", "active_per_layer"):
+        assert [line[name] for line in ours] == [line[name] for line in theirs], name
+    assert ours[-1]["heldout_loss"] == theirs[-1]["heldout_loss"]
 
 
 def test_kill_at_random_moments_resumes_to_the_same_bits(trained, inputs, tmp_path):
@@ -164,11 +194,7 @@ def test_kill_at_random_moments_resumes_to_the_same_bits(trained, inputs, tmp_pa
     folder = tmp_path / "run"
     process = start("train", *inputs, "--out", folder, *MODEL, *RUN, *STEPS)
     kill_and_resume(process, folder, kills=5)
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
-    steps = [line["step"] for line in metrics(folder)]
-    assert steps == [line["step"] for line in metrics(whole)]
-    assert metrics(folder)[-1]["heldout_loss"] == metrics(whole)[-1]["heldout_loss"]
+    check_same_run(folder, whole)
 
 
 @pytest.fixture(scope="module")
