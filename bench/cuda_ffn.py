@@ -1,13 +1,17 @@
 """Times the CUDA forward against PyTorch's bf16 dense FFN in the same process, with L2 flushed.
 
 usage: cuda_ffn.py --library build/libtwell_cuda_bench.so --traces DIR --json FILE [--commit ID]
-                   [--only prefill|decode|gate] [--cases "layer 5" "29 uniform, 3072x8192"]
+                   [--only forward|gate] [--cases "layer 5" "29 uniform, 3072x8192"]
                    [--tokens 131072 16384]
 
 Medians of CUDA events. A case is a layer of the traces, N neurons chosen at random per token (also
 at other sizes, "29 uniform, HIDDENxNEURONS"), or random weights (half of the gate's values
 positive). The input that gives a pattern is found by gradient descent on x and the gate, until
 their bf16 product has the pattern exactly.
+
+Up to 1024 tokens every form is replayed from a CUDA graph ("CASE, graph"), so that no side waits
+for the host to launch its kernels. Up to 64 tokens a graph has eight layers, and the times are a
+layer's.
 
 Every case says what the planner chooses by itself, told the pattern's means (auto_*). The rows
 "gate" compare the gate's kernel with cuBLAS's product of the same shape, by the profiler.
@@ -34,16 +38,17 @@ HIDDEN, NEURONS, TRACE_TOKENS = 2048, 5632, 4096
 TILE = 128  # tokens that share a union
 KERNEL = re.compile(r"twell::cuda::.*?(\w+)_kernel")
 LARGE = (131072, 16384)
-PREFILL = (*LARGE, 4096, 1024, 512, 128)
+PREFILL = (*LARGE, 4096, 1024, 512, 256, 128)
 DECODE = (1, 4, 16, 32, 64)
 OTHER_SIZES = {  # hidden, neurons: the tokens of each kind of row
-    (1024, 4096): {"prefill": LARGE[1:]},
-    (3072, 8192): {"prefill": LARGE[1:]},
-    (4096, 14336): {"prefill": LARGE[1:], "decode": (1, 16)},
-    (8192, 22016): {"prefill": LARGE[1:]},
+    (1024, 4096): {"forward": LARGE[1:]},
+    (3072, 8192): {"forward": LARGE[1:]},
+    (4096, 14336): {"forward": (*LARGE[1:], 1, 16)},
+    (8192, 22016): {"forward": LARGE[1:]},
     (2048, 5640): {"gate": LARGE},  # the last tile of 64 neurons is not full
 }
-DECODE_LAYERS = 8  # weights in rotation, so that they come from memory
+GRAPH_TOKENS = 1024  # up to which kernels are so short that the host may delay them
+DECODE_LAYERS = 8  # in one graph, whose own launch would count; each has weights of its own
 
 
 def current_stream():
@@ -307,22 +312,51 @@ def repeated(x, tokens):
     return x.repeat(-(-tokens // len(x)), 1)[:tokens].contiguous()
 
 
-def prefill(library, case, x, gate, up, down, tokens):
+def graph_of(call):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    return graph
+
+
+def forward_row(library, case, x, gate, up, down, tokens):
     x = repeated(x, tokens)
     y = torch.empty_like(x)
-    down_t = down.T.contiguous()
-    gate_up = torch.cat((gate, up))
+    layers = DECODE_LAYERS if tokens <= max(DECODE) else 1
+    gates, ups, downs = ([own.clone() for _ in range(layers)] for own in (gate, up, down))
+    downs_t = [own.T.contiguous() for own in downs]
+    gate_ups = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
     forward = Forward(library, tokens, gate)
+
+    def in_layers(form, *weights):
+        def run():
+            for own in zip(*weights, strict=True):
+                form(x, *own)
+
+        return run
+
     calls = {
-        "dense": lambda: dense(x, gate, up, down_t),
-        "dense_concatenated": lambda: dense_concatenated(x, gate_up, down_t),
-        "dense_compiled": lambda: dense_compiled(x, gate, up, down_t),
-        "dense_concatenated_compiled": lambda: dense_concatenated_compiled(x, gate_up, down_t),
-        "twell": lambda: forward(x, gate, up, down, y),
+        "dense": in_layers(dense, gates, ups, downs_t),
+        "dense_concatenated": in_layers(dense_concatenated, gate_ups, downs_t),
+        "dense_compiled": in_layers(dense_compiled, gates, ups, downs_t),
+        "dense_concatenated_compiled": in_layers(dense_concatenated_compiled, gate_ups, downs_t),
+        "twell": in_layers(functools.partial(forward, y=y), gates, ups, downs),
     }
-    times = dict(zip(calls, medians_ms(calls.values()), strict=True))
-    error = relative_error(y[:4096], dense(x[:4096], gate, up, down_t))
-    return result(library, case, x, gate, times, stage_ms(calls["twell"]), error)
+    repeats = 9
+    if tokens <= GRAPH_TOKENS:
+        case += ", graph"
+        calls = {form: graph_of(call).replay for form, call in calls.items()}
+        repeats = 30
+    medians = medians_ms(calls.values(), repeats)
+    times = {form: ms / layers for form, ms in zip(calls, medians, strict=True)}
+    first = slice(TRACE_TOKENS)
+    error = relative_error(y[first], dense(x[first], gate, up, downs_t[0]))
+    stages = stage_ms(lambda: forward(x, gate, up, down, y))
+    return result(library, case, x, gate, times, stages, error)
 
 
 def gate_row(library, case, x, gate, up, down, tokens):
@@ -354,47 +388,6 @@ def gate_row(library, case, x, gate, up, down, tokens):
     }
     print(json.dumps(row), flush=True)
     return row
-
-
-def graph_of(call):
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            call()
-    return graph
-
-
-def decode(library, case, x, gate, tokens):
-    gates = [gate.clone() for _ in range(DECODE_LAYERS)]
-    ups, downs = zip(*(random_weights(*gate.shape[::-1]) for _ in gates), strict=True)
-    downs_t = [d.T.contiguous() for d in downs]
-    gate_ups = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
-    x = x[:tokens].contiguous()
-    y = torch.empty_like(x)
-    forward = Forward(library, tokens, gate)
-
-    def in_layers(form, *weights):
-        def run():
-            for own in zip(*weights, strict=True):
-                form(x, *own)
-
-        return graph_of(run)
-
-    graphs = {
-        "dense": in_layers(dense, gates, ups, downs_t),
-        "dense_concatenated": in_layers(dense_concatenated, gate_ups, downs_t),
-        "dense_compiled": in_layers(dense_compiled, gates, ups, downs_t),
-        "dense_concatenated_compiled": in_layers(dense_concatenated_compiled, gate_ups, downs_t),
-        "twell": in_layers(functools.partial(forward, y=y), gates, ups, downs),
-    }
-    medians = medians_ms([graph.replay for graph in graphs.values()], 30)
-    times = {form: ms / DECODE_LAYERS for form, ms in zip(graphs, medians, strict=True)}
-    error = relative_error(y, dense(x, gates[-1], ups[-1], downs_t[-1]))
-    stages = stage_ms(lambda: forward(x, gates[0], ups[0], downs[0], y))
-    return result(library, f"{case}, graph", x, gate, times, stages, error)
 
 
 def load_library(path):
@@ -434,8 +427,7 @@ def write_report(arguments, rows, **more):
 @dataclasses.dataclass
 class Case:
     make: Callable  # x and gate
-    prefill: tuple = ()  # tokens of each kind of row
-    decode: tuple = ()
+    forward: tuple = ()  # tokens of each kind of row
     gate: tuple = ()
 
 
@@ -449,9 +441,9 @@ def cases(traces):
         f"layer {layer}": Case(lambda layer=layer: fit(trace_pattern(traces, layer)), LARGE)
         for layer in (1, 2, 4, 5, 7)
     }
-    every = {"prefill": PREFILL, "decode": DECODE, "gate": LARGE}
+    every = {"forward": (*PREFILL, *DECODE), "gate": LARGE}
     found["layer 5"] = dataclasses.replace(found["layer 5"], **every)
-    found["29 uniform"] = uniform_case(HIDDEN, NEURONS, prefill=LARGE, gate=LARGE)
+    found["29 uniform"] = uniform_case(HIDDEN, NEURONS, forward=LARGE, gate=LARGE)
     found["50% active"] = Case(lambda: independent(0.5), **every)
     for (hidden, neurons), tokens in OTHER_SIZES.items():
         found[f"29 uniform, {hidden}x{neurons}"] = uniform_case(hidden, neurons, **tokens)
@@ -460,7 +452,7 @@ def cases(traces):
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--only", choices=("prefill", "decode", "gate"), help="default: all")
+    parser.add_argument("--only", choices=("forward", "gate"), help="default: all")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="default: all")
     arguments = parser.parse_args()
@@ -474,14 +466,12 @@ def main():
 
     rows, gate_rows = [], []
     for name, case in cases(arguments.traces).items():
-        sizes, decoded = wanted("prefill", case.prefill), wanted("decode", case.decode)
-        gates = wanted("gate", case.gate)
-        if name not in (arguments.cases or [name]) or not (sizes or decoded or gates):
+        sizes, gates = wanted("forward", case.forward), wanted("gate", case.gate)
+        if name not in (arguments.cases or [name]) or not (sizes or gates):
             continue
         x, gate = case.make()
         up, down = random_weights(*gate.shape[::-1])
-        rows += [prefill(library, name, x, gate, up, down, tokens) for tokens in sizes]
-        rows += [decode(library, name, x, gate, tokens) for tokens in decoded]
+        rows += [forward_row(library, name, x, gate, up, down, tokens) for tokens in sizes]
         gate_rows += [gate_row(library, name, x, gate, up, down, tokens) for tokens in gates]
 
     write_report(arguments, rows, gate=gate_rows)

@@ -195,7 +195,8 @@ ON_CPU = {
     "2048, 5632, 4096": "64, 128, 256",
     "256 << 20": "256",
     "(131072, 16384)": "(512, 256)",
-    "(*LARGE, 4096, 1024, 512, 128)": "(*LARGE, 128)",
+    "(*LARGE, 4096, 1024, 512, 256, 128)": "(*LARGE, 128)",
+    "GRAPH_TOKENS = 1024": "GRAPH_TOKENS = 128",
     "uniform_pattern(29": "uniform_pattern(3",
     "(1024, 4096)": "(64, 64)",
     "(3072, 8192)": "(64, 136)",
@@ -309,7 +310,14 @@ def test_cuda_cases_have_every_kind_of_row(cuda_ffn, tmp_path, monkeypatch):
         assert tokens > 0
         return lambda x, gate, up, down, y: y.copy_(cuda_ffn.dense(x, gate, up, down.T))
 
-    def medians_ms(calls, repeats=9):
+    graphs = []
+
+    def graph_of(call):
+        graphs.append(types.SimpleNamespace(replay=call))
+        return graphs[-1]
+
+    def medians_ms(calls, repeats):
+        assert repeats == (30 if graphs and list(calls)[-1] is graphs[-1].replay else 9)
         for call in calls:
             call()
         return [5.0, 4.0, 3.0, 2.0, 2.5]  # in the order of the forms, twell last
@@ -333,7 +341,7 @@ def test_cuda_cases_have_every_kind_of_row(cuda_ffn, tmp_path, monkeypatch):
         "profiled": profiled,
         "dense_compiled": cuda_ffn.dense,
         "dense_concatenated_compiled": cuda_ffn.dense_concatenated,
-        "graph_of": lambda call: types.SimpleNamespace(replay=call),
+        "graph_of": graph_of,
         "load_library": str,
     }
     for name, stand_in in stand_ins.items():
@@ -351,12 +359,14 @@ def test_cuda_cases_have_every_kind_of_row(cuda_ffn, tmp_path, monkeypatch):
     every = report()
     rows = {(row["case"], row["tokens"]): row for row in every["results"]}
     assert len(rows) == len(every["results"]) == 5 * 2 + 2 * (3 + 5) + 4 + 2
+    assert len(graphs) == 5 * sum(case.endswith(", graph") for case, _ in rows)
     for case in ("layer 5", "50% active"):
-        assert {(case, m) for m in (512, 256, 128)} <= rows.keys()
-        assert {(f"{case}, graph", m) for m in (1, 4, 16, 32, 64)} <= rows.keys()
+        assert {(case, m) for m in (512, 256)} <= rows.keys()
+        assert {(f"{case}, graph", m) for m in (128, 1, 4, 16, 32, 64)} <= rows.keys()
     assert {("29 uniform, 96x144, graph", m) for m in (1, 16)} <= rows.keys()
     for (case, tokens), row in rows.items():
-        layers = cuda_ffn.DECODE_LAYERS if case.endswith(", graph") else 1
+        assert case.endswith(", graph") == (tokens <= 128)
+        layers = cuda_ffn.DECODE_LAYERS if tokens <= 64 else 1
         dense = tokens == 128
         assert row["dense_ms"] == 5 / layers and row["twell_ms"] == round(2.5 / layers, 4)
         assert row["dense_strongest_ms"] == row["dense_concatenated_compiled_ms"] == 2 / layers
