@@ -105,6 +105,10 @@ class Forward {
     for (std::int64_t first = 0; first < problem_.tokens && status_.ok(); first += step) {
       chunk_.tokens = static_cast<int>(std::min(step, problem_.tokens - first));
       chunk_.tiles = ceil_div(chunk_.tokens, kTileTokens);
+      if (chunk_.by_half) {
+        chunk_.region = gate_region(chunk_.tiles, problem_.neurons, multiprocessors_);
+        chunk_.item_steps = up_item(chunk_.tiles, multiprocessors_) / kUnionStep;
+      }
       run_chunk(static_cast<int>(first));
     }
   }

@@ -152,9 +152,11 @@ struct ForwardChunk {
   int blocks;           // ceil(N / 256)
   int capacity;         // N rounded up to a multiple of 64
   int multiprocessors;  // that share the items; 0: items as large as they may be
+  int item_steps = kUnionItem / kUnionStep;  // of the largest items
+  int region = kBlockNeurons;                // neurons whose columns lie side by side
 
   std::uint32_t* masks;    // [2 tiles, blocks, 8]: a bit for each neuron
-  std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: block b's n-th used column at 256 b + n
+  std::uint32_t* columns;  // [2 tiles, blocks * 256, 32]: of region r the n-th used at region r + n
   UnionEntry* unions;      // [tiles, capacity]
   std::int32_t* counts;    // [tiles]: union neurons
   HalfColumns* halves;     // [2 tiles]: of h

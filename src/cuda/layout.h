@@ -66,6 +66,45 @@ inline constexpr std::int64_t kHalfColumnsBytes = 8;
 // blocks (NeuronRows).
 inline bool is_hopper(const Device& device) { return device.compute_capability / 10 == 9; }
 
+// On Hopper, the pieces of work are smaller where there are few tiles, so that more multiprocessors
+// take part and each has more loads on their way.
+inline constexpr int kSmallRegion = 128;     // neurons of gate work, whose columns lie side by side
+inline constexpr int kSmallItem = 128;       // union positions of up work
+inline constexpr int kSmallestOutputs = 64;  // of down work; or twice as many
+static_assert(4 * kSmallestOutputs == kDownOutputs);
+inline constexpr double kSmallRegionTime = 0.6;  // of a region of kBlockNeurons
+
+// How often each pair of multiprocessors takes a pair of tiles and a region of so many neurons.
+constexpr std::int64_t gate_waves(std::int64_t tiles, std::int64_t neurons, int region,
+                                  int multiprocessors) {
+  const std::int64_t blocks = ceil_div<std::int64_t>(neurons, kBlockNeurons);
+  const std::int64_t pieces = ceil_div<std::int64_t>(tiles, 2) * blocks * (kBlockNeurons / region);
+  return ceil_div<std::int64_t>(pieces, std::max(2, multiprocessors) / 2);
+}
+
+constexpr int gate_region(std::int64_t tiles, std::int64_t neurons, int multiprocessors) {
+  const auto waves = [&](int region) {
+    return static_cast<double>(gate_waves(tiles, neurons, region, multiprocessors));
+  };
+  const bool small = waves(kSmallRegion) * kSmallRegionTime < waves(kBlockNeurons);
+  return small ? kSmallRegion : kBlockNeurons;
+}
+
+// A union's steps are known to the device only; with 16 in each tile all multiprocessors have one.
+constexpr int up_item(std::int64_t tiles, int multiprocessors) {
+  return tiles * 16 <= multiprocessors ? kSmallItem : kUnionItem;
+}
+
+// The fewest outputs with which all pieces are worked on at once.
+constexpr int down_outputs(std::int64_t tiles, std::int64_t hidden, int multiprocessors) {
+  int outputs = kDownOutputs;
+  while (outputs > kSmallestOutputs &&
+         tiles * ceil_div<std::int64_t>(hidden, outputs / 2) <= multiprocessors) {
+    outputs /= 2;
+  }
+  return outputs;
+}
+
 // Up to kMaxDecodeTokens tokens take the kernels that are bound by reading the weights.
 inline constexpr int kMaxDecodeTokens = 64;
 inline constexpr int kMaxDecodeGroup = 32;  // tokens whose products share the reads of the weights

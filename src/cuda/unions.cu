@@ -43,13 +43,13 @@ __device__ __forceinline__ T exclusive_sum(T value, Scratch<T>& scratch, T& tota
   return before + sum - value;
 }
 
-// The sum of `value` over the threads before this one in its group of 8: one block's words.
-__device__ __forceinline__ int sum_in_block(int value) {
+// The sum of `value` over the threads before this one in its group of `words`: one region's.
+__device__ __forceinline__ int sum_in_region(int value, int words) {
   int sum = value;
-#pragma unroll
-  for (int distance = 1; distance < kMaskWords; distance *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, distance, kMaskWords);
-    if (threadIdx.x % kMaskWords >= static_cast<unsigned>(distance)) sum += other;
+#pragma unroll 1
+  for (int distance = 1; distance < words; distance *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, distance, words);
+    if (static_cast<int>(threadIdx.x) % words >= distance) sum += other;
   }
   return sum - value;
 }
@@ -170,6 +170,7 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
   const int end_shared = first_shared + of_class(all, 1);
   const int total = end_shared + of_class(all, 2);
   int next[kClasses] = {0, first_shared, end_shared};  // positions
+  const int region_words = chunk.region / 32;
   int turn = 0;
 #pragma unroll 1
   for (int first = 0; first < words; first += kThreads) {
@@ -181,7 +182,8 @@ __device__ __forceinline__ void write_union(const ForwardChunk& chunk, int tile)
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      own.sources[half] = word / kMaskWords * kBlockNeurons + sum_in_block(__popc(own.used[half]));
+      own.sources[half] =
+          word / region_words * chunk.region + sum_in_region(__popc(own.used[half]), region_words);
     }
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
@@ -252,7 +254,7 @@ __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const Til
                                             int tiles) {
   __shared__ int costs[kStepCounts];
   static_assert(kStepCounts <= kWarps);
-  if (chunk.multiprocessors == 0) return kStepCounts;
+  if (chunk.multiprocessors == 0) return chunk.item_steps;
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (const int most = static_cast<int>(threadIdx.x / 32) + 1; most <= kStepCounts) {
     ItemCounts items;
@@ -276,9 +278,9 @@ __device__ __forceinline__ int choose_steps(const ForwardChunk& chunk, const Til
     if (lane == 0) costs[most - 1] = cost;
   }
   __syncthreads();
-  int best = kStepCounts;
-#pragma unroll
-  for (int most = kStepCounts - 1; most > 0; --most) {
+  int best = chunk.item_steps;
+#pragma unroll 1
+  for (int most = best - 1; most > 0; --most) {
     if (costs[most - 1] < costs[best - 1]) best = most;
   }
   return best;

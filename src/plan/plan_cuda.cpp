@@ -55,6 +55,8 @@ bool takes_few_tokens(const FfnProblem& problem, const PlanOptions& options) {
 constexpr double kReadTbPerSecond = 2.2;
 constexpr double kDenseLaunchMs = 0.015;
 constexpr double kForwardLaunchMs = 0.02;
+// Of up and down's largest piece's time: what a piece of no neurons or outputs would take.
+constexpr double kSmallPieceTime = 0.4;
 
 // For few tokens, in a CUDA graph, where the dense block loses least by its launches.
 constexpr double kFewTokensLaunchMs = 0.001;
@@ -120,12 +122,15 @@ struct Sparsity {
   double any_of(double pairs) const { return 1 - std::pow(1 - active / neurons, pairs); }
 };
 
-// Of the gate of so many tiles. Its pieces are pairs of tiles by blocks of neurons, one at a time
-// on each pair of multiprocessors.
-std::int64_t gate_waves(const FfnProblem& problem, const Device& device, std::int64_t tiles) {
-  const std::int64_t blocks = cuda::ceil_div<std::int64_t>(problem.neurons, cuda::kBlockNeurons);
-  const std::int64_t at_once = std::max(2, device.multiprocessors) / 2;
-  return cuda::ceil_div(cuda::ceil_div<std::int64_t>(tiles, 2) * blocks, at_once);
+// The time of the gate of so many tiles, in waves of the largest pieces.
+double gate_waves(const FfnProblem& problem, const Device& device, std::int64_t tiles) {
+  const auto waves = [&](int region) {
+    return static_cast<double>(
+        cuda::gate_waves(tiles, problem.neurons, region, device.multiprocessors));
+  };
+  const double large = waves(cuda::kBlockNeurons);
+  if (!cuda::is_hopper(device)) return large;
+  return std::min(large, cuda::kSmallRegionTime * waves(cuda::kSmallRegion));
 }
 
 // Of the sparse forward, in ms; `product` is a dense one's at 1 TFLOP/s.
@@ -140,10 +145,17 @@ double predict_forward(const FfnProblem& problem, const Device& device, double p
                 cuda::kDownOutputs == cuda::kBlockNeurons);
   constexpr double kPieceMs = 2e-9 * cuda::kTileTokens * cuda::kBlockNeurons;
   const double hidden = static_cast<double>(problem.hidden);
-  const double waves = static_cast<double>(gate_waves(problem, device, tiles));
-  const double gate_ms = waves * kPieceMs * hidden / rates.gate;
-  const double up_ms = std::max(union_ms, kPieceMs * hidden / rates.alone);
-  const double down_ms = std::max(union_ms, kPieceMs * sparsity.in_union / rates.alone);
+  const double gate_ms = gate_waves(problem, device, tiles) * kPieceMs * hidden / rates.gate;
+  // A smaller piece takes longer than its share.
+  const auto share = [&](int piece, int largest) {
+    if (!cuda::is_hopper(device)) return 1.0;
+    return kSmallPieceTime + (1 - kSmallPieceTime) * piece / largest;
+  };
+  const double of_up = share(cuda::up_item(tiles, device.multiprocessors), cuda::kUnionItem);
+  const double of_down =
+      share(cuda::down_outputs(tiles, problem.hidden, device.multiprocessors), cuda::kDownOutputs);
+  const double up_ms = std::max(union_ms, of_up * kPieceMs * hidden / rates.alone);
+  const double down_ms = std::max(union_ms, of_down * kPieceMs * sparsity.in_union / rates.alone);
   return kForwardLaunchMs + gate_ms + down_ms + (problem.kind == FfnKind::kGated ? up_ms : 0);
 }
 
@@ -234,7 +246,9 @@ std::int64_t chunk_tiles(const FfnProblem& problem, const Device& device, std::i
   const auto in_all = [&](std::int64_t chunk, auto&& waves) {
     return tiles / chunk * waves(chunk) + waves(tiles % chunk);
   };
-  const auto gate = [&](std::int64_t count) { return gate_waves(problem, device, count); };
+  const auto gate = [&](std::int64_t count) {
+    return cuda::gate_waves(count, problem.neurons, cuda::kBlockNeurons, device.multiprocessors);
+  };
   const auto down_waves = [&](std::int64_t count) {
     return cuda::ceil_div(count * strips, at_once);
   };

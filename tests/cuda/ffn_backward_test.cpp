@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backward_call.h"
@@ -57,6 +58,18 @@ TEST_F(CudaBackward, MatchesFloat64InChunksAndGroupsOfNeurons) {
   check(TrainingBlock(FfnKind::kPlain, 400, 40, 264, 0.3), "chunks of 256", 256, kKeepAll);
   check(TrainingBlock(FfnKind::kGated, 65, 24, 2120, 0.02), "two groups");
   check(TrainingBlock(FfnKind::kGated, 600, 264, 136, 0.3), "dense chunks of 256, strips", 128);
+}
+
+// As many of the gradient of x at a time as all multiprocessors have room for at once.
+TEST_F(CudaBackward, MatchesFloat64WithPiecesOfEverySize) {
+  for (const auto& [multiprocessors, outputs] : {std::pair{64, 64}, {12, 128}, {2, 256}}) {
+    ASSERT_NO_FATAL_FAILURE(make_hopper_with(multiprocessors));
+    if (IsSkipped()) return;
+    EXPECT_EQ(cuda::down_outputs(3, 264, multiprocessors), outputs);
+    for (const FfnKind kind : kKinds) {
+      check(TrainingBlock(kind, 300, 264, 392, 0.05), std::to_string(outputs) + " outputs");
+    }
+  }
 }
 
 // With room for the columns of one tile in full: two tiles of few neurons, one of all, three of

@@ -65,6 +65,36 @@ TEST_F(CudaForward, MatchesFloat64InChunks) {
   check(Block(FfnKind::kPlain, 600, 40, 776, 0.02), "chunks of 384", 384);
 }
 
+// As the gate, up and down take them, for 3 tiles.
+struct Pieces {
+  int multiprocessors, region, item, outputs;
+};
+
+class CudaForwardPieces : public CudaForward, public ::testing::WithParamInterface<Pieces> {};
+
+INSTANTIATE_TEST_SUITE_P(OfEverySize, CudaForwardPieces,
+                         ::testing::Values(Pieces{64, 128, 128, 64}, Pieces{12, 128, 256, 128},
+                                           Pieces{2, 256, 256, 256}),
+                         [](const auto& info) {
+                           return "of_" + std::to_string(info.param.multiprocessors);
+                         });
+
+TEST_P(CudaForwardPieces, MatchFloat64) {
+  const Pieces want = GetParam();
+  ASSERT_NO_FATAL_FAILURE(make_hopper_with(want.multiprocessors));
+  if (IsSkipped()) return;
+  const int multiprocessors = devices[0].multiprocessors;
+  EXPECT_EQ(cuda::gate_region(3, 776, multiprocessors), want.region);
+  EXPECT_EQ(cuda::up_item(3, multiprocessors), want.item);
+  EXPECT_EQ(cuda::down_outputs(3, 264, multiprocessors), want.outputs);
+  for (const FfnKind kind : kKinds) {
+    for (const double density : {0.005, 0.5, 1.0}) {
+      const Block block(kind, 300, 264, 776, density);
+      check(block, name_of(block.problem, density));
+    }
+  }
+}
+
 TEST_F(CudaForward, TakesNoTokens) {
   for (const FfnKind kind : kKinds) check(Block(kind, 0, 64, 256, 0.5), "none");
 }

@@ -39,6 +39,13 @@ class GpuTest : public ::testing::Test {
     require_cuda(cudaSetDevice(0));
   }
 
+  // A Hopper GPU as one with fewer multiprocessors, of which it takes larger pieces of work.
+  void make_hopper_with(int multiprocessors) {
+    devices.resize(1);
+    if (devices[0].compute_capability / 10 != 9) GTEST_SKIP() << "pieces vary on Hopper only";
+    devices[0].multiprocessors = multiprocessors;
+  }
+
   // The GPU; a Hopper GPU also as one of sm_80, whose kernels it runs too, from their PTX, and as a
   // pair of multiprocessors, whose CTAs have many pieces of work each.
   std::vector<Device> devices;

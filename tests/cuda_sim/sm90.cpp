@@ -3,9 +3,11 @@
 // is tested: the rounds, the lists, and when a pass is dense.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "cuda/sm80/products.h"
@@ -180,11 +182,28 @@ AllColumns all_columns(const ForwardChunk& chunk) {
   return {chunk, chunk.schedule->first_tile, chunk.schedule->tiles};
 }
 
+// Moves the columns of each block's second region, which lie behind the first one's, to their
+// place.
+void part_regions(const ForwardChunk& chunk) {
+  for (int place = 0; place < 2 * chunk.tiles * chunk.blocks; ++place) {
+    int counts[2] = {};
+    for (int word = 0; word < kMaskWords; ++word) {
+      counts[word / (kSmallRegion / 32)] += std::popcount(chunk.masks[place * kMaskWords + word]);
+    }
+    std::uint32_t* second =
+        chunk.columns + (std::int64_t{place} * kBlockNeurons + counts[0]) * kColumnWords;
+    std::memmove(second + (kSmallRegion - counts[0]) * kColumnWords, second,
+                 counts[1] * kColumnWords * sizeof(std::uint32_t));
+  }
+}
+
 }  // namespace
 
 Status launch_gate(const ForwardChunk& chunk, const Tokens& x, const void* gate,
                    int multiprocessors, cudaStream_t stream) {
-  return sm80::launch_gate(chunk, x, gate, multiprocessors, stream);
+  Status status = sm80::launch_gate(chunk, x, gate, multiprocessors, stream);
+  if (status.ok() && chunk.region == kSmallRegion) part_regions(chunk);
+  return status;
 }
 
 Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int multiprocessors,

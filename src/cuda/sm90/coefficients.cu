@@ -34,7 +34,7 @@ struct CoefficientsEpilogue {
 
   // One stage for each 64 positions: their columns of the halves that use them. Those made anew are
   // read before the coefficients that replace them are written: these wait for the stage.
-  __device__ __forceinline__ void fill(Stages& shared, GatherRing& ring,
+  __device__ __forceinline__ void fill(Stages& shared, typename Stages::Ring& ring,
                                        const ForwardChunk& forward, UnionItem item) const {
     const int place = forward.kept_place(item.tile());
     const CUtensorMap* columns = place >= 0 ? kept : anew;
@@ -99,8 +99,8 @@ class CoefficientsEpilogue<kGated>::Consumer {
   }
 
   template <int kN>
-  __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held held, GatherRing& ring,
-                                        GatherPart part) const {
+  __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held held,
+                                        typename Stages::Ring& ring, GatherPart part) const {
     constexpr int kGroups = kUnionStep / 8;
     constexpr int kAtOnce = kGroups / 2;  // whose factors are in registers
     const int quad = threadIdx.x % 4;

@@ -1,7 +1,7 @@
-// Products over the unions of a round on Hopper, for 128 tokens and 256 outputs at a time: y = h D,
-// and the gated block's dx = dg G + du U, two such sums in one. A producer warpgroup gathers the
-// rows of the weights; h arrives by TMA, tokens contiguous; two consumer warpgroups own a half tile
-// each.
+// Products over the unions of a round on Hopper, for 128 tokens and 256 outputs at a time, or fewer
+// where there are few tiles: y = h D, and the gated block's dx = dg G + du U, two such sums in one.
+// A producer warpgroup gathers the rows of the weights; h arrives by TMA, tokens contiguous; two
+// consumer warpgroups own a half tile each.
 
 #include <cuda_bf16.h>
 
@@ -18,20 +18,22 @@ namespace twell::cuda::sm90 {
 namespace {
 
 struct Config {
-  static constexpr int kStages = 4;
   static constexpr int kConsumers = 2;
   static constexpr int kProducers = 128;
   static constexpr int kThreads = kProducers + 128 * kConsumers;
-  static constexpr int kOutputs = kDownOutputs;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
 };
 
+// The fewer outputs a CTA has, the more stages are on their way.
+template <int kOutputs>
 struct alignas(1024) Shared {
-  __nv_bfloat16 h[Config::kStages][Config::kConsumers][kUnionStep * kHalfTokens];
-  __nv_bfloat16 down[Config::kStages][kUnionStep * Config::kOutputs];
-  std::uint64_t full[Config::kStages];
-  std::uint64_t empty[Config::kStages];
+  static constexpr int kStages = kOutputs == 256 ? 4 : kOutputs == 128 ? 6 : 8;
+
+  __nv_bfloat16 h[kStages][Config::kConsumers][kUnionStep * kHalfTokens];
+  __nv_bfloat16 down[kStages][kUnionStep * kOutputs];
+  std::uint64_t full[kStages];
+  std::uint64_t empty[kStages];
 };
 
 // y = Σ over pairs of h D.
@@ -46,15 +48,16 @@ struct Operands {
   Pair pairs[kPairs];
 };
 
+template <int kOutputs>
 struct Piece {
   int tile;
-  int column;  // first of the 256 outputs
+  int column;  // first of the outputs
   int steps;   // of one pair
   HalfColumns first_half, second_half;
 
   __device__ Piece(const ForwardChunk& chunk, int item, int strips)
       : tile(chunk.order[chunk.schedule->first_tile + item / strips]),
-        column(item % strips * Config::kOutputs),
+        column(item % strips * kOutputs),
         steps(ceil_div(chunk.counts[tile], kUnionStep)),
         first_half(chunk.halves[2 * tile]),
         second_half(chunk.halves[2 * tile + 1]) {}
@@ -97,23 +100,23 @@ struct Lookahead {
 
 // Eight threads copy a row, 128 bytes at a time, so that a thread needs an address for each of its
 // four rows only: an address's registers are busy until the load units have read them.
-template <int kPairs>
-__device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chunk,
+template <int kOutputs, int kPairs>
+__device__ __forceinline__ void produce(Shared<kOutputs>& shared, const ForwardChunk& chunk,
                                         const Operands<kPairs>& operands, int items, int strips) {
   constexpr int kPieces = 8;                           // 16-byte pieces of 64 outputs
   constexpr int kRows = Config::kProducers / kPieces;  // rows at a time
   static_assert(kRows == 16);                          // Lookahead's order
   constexpr int kTurns = kUnionStep / kRows;
-  constexpr int kGroups = Config::kOutputs / 64;
+  constexpr int kGroups = kOutputs / 64;
   constexpr int kGroupElements = kUnionStep * 64;  // 64 outputs of each row
   const int row = static_cast<int>(threadIdx.x) / kPieces;
   const int piece = static_cast<int>(threadIdx.x) % kPieces;
   const std::uint32_t target =
       ptx::shared_address(shared.down) + row * 128 + ((piece ^ (row % 8)) * 16);
-  Ring<Config::kStages> ring;
+  Ring<Shared<kOutputs>::kStages> ring;
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const Piece work(chunk, item, strips);
+    const Piece<kOutputs> work(chunk, item, strips);
     const UnionEntry* entries = chunk.unions + static_cast<std::size_t>(work.tile) * chunk.capacity;
     const int column = work.column + piece * 8;
     Lookahead ahead = {};
@@ -179,27 +182,27 @@ __device__ __forceinline__ void produce(Shared& shared, const ForwardChunk& chun
   }
 }
 
-template <int kPairs>
-__device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chunk, __nv_bfloat16* y,
-                                        int items, int strips, int consumer) {
+template <int kOutputs, int kPairs>
+__device__ __forceinline__ void consume(Shared<kOutputs>& shared, const ForwardChunk& chunk,
+                                        __nv_bfloat16* y, int items, int strips, int consumer) {
   const int warp = threadIdx.x / 32 % 4;
   const int lane = threadIdx.x % 32;
   const int quad = lane % 4;
-  float acc[Config::kOutputs / 2];
-  Ring<Config::kStages> ring;
+  float acc[kOutputs / 2];
+  Ring<Shared<kOutputs>::kStages> ring;
   const auto release = [&](int stage) {
     if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
   };
 #pragma unroll 1
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const Piece piece(chunk, item, strips);
+    const Piece<kOutputs> piece(chunk, item, strips);
     const HalfColumns own = piece.half(consumer);
 #pragma unroll
     for (float& value : acc) value = 0;
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       skip(ring, own.first, shared.full, release);
-      accumulate<Config::kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
+      accumulate<kOutputs, ptx::Major::kOuter, ptx::Major::kOuter, Filler::kTmaAndThreads>(
           acc, ring, own.steps(), shared.full, [&](int stage) { return shared.h[stage][consumer]; },
           [&](int stage) { return shared.down[stage]; }, release);
       if (p + 1 < kPairs) skip(ring, piece.steps - own.end, shared.full, release);
@@ -213,7 +216,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
     for (int s = 0; s < 2; ++s) {
       __nv_bfloat16* out = y + static_cast<std::size_t>(token + 4 * s) * chunk.hidden;
 #pragma unroll
-      for (int j = 0; j < Config::kOutputs / 8; j += 4) {
+      for (int j = 0; j < kOutputs / 8; j += 4) {
         const float* v = acc + 4 * j + 2 * s;
         const uint4 words =
             transpose_in_quad(make_uint4(ptx::pack(v[0], v[1]), ptx::pack(v[4], v[5]),
@@ -229,17 +232,17 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardChunk& chun
   }
 }
 
-template <int kPairs>
+template <int kOutputs, int kPairs>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     down_kernel(const ForwardChunk chunk, const __grid_constant__ Operands<kPairs> operands,
                 __nv_bfloat16* __restrict__ y) {
-  const int strips = ceil_div(chunk.hidden, Config::kOutputs);
+  const int strips = ceil_div(chunk.hidden, kOutputs);
   const int items = chunk.schedule->tiles * strips;
   if (items == 0) return;
   extern __shared__ std::uint8_t raw[];
-  Shared& shared = aligned_shared<Shared>(raw);
+  auto& shared = aligned_shared<Shared<kOutputs>>(raw);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Config::kStages; ++stage) {
+    for (int stage = 0; stage < shared.kStages; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], Config::kProducers + 1);
       ptx::mbarrier_init(&shared.empty[stage], Config::kConsumers * 4);
     }
@@ -253,7 +256,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     produce(shared, chunk, operands, items, strips);
   } else {
     ptx::register_increase<Config::kConsumerRegisters>();
-    consume<kPairs>(shared, chunk, y, items, strips, warpgroup - 1);
+    consume<kOutputs, kPairs>(shared, chunk, y, items, strips, warpgroup - 1);
   }
 }
 
@@ -274,10 +277,16 @@ Status launch_pairs(const ForwardChunk& chunk, const std::uint32_t* const (&h)[k
       return status;
     }
   }
-  const int items = chunk.tiles * ceil_div(chunk.hidden, Config::kOutputs);
-  return launch(down_kernel<kPairs>, std::min(items, multiprocessors), Config::kThreads,
-                sizeof(Shared) + alignof(Shared), stream, chunk, operands,
-                static_cast<__nv_bfloat16*>(y));
+  const auto launch_for = [&]<int kOutputs>() {
+    const int items = chunk.tiles * ceil_div(chunk.hidden, kOutputs);
+    return launch(down_kernel<kOutputs, kPairs>, std::min(items, multiprocessors), Config::kThreads,
+                  sizeof(Shared<kOutputs>) + alignof(Shared<kOutputs>), stream, chunk, operands,
+                  static_cast<__nv_bfloat16*>(y));
+  };
+  const int outputs = down_outputs(chunk.tiles, chunk.hidden, multiprocessors);
+  return outputs == kSmallestOutputs ? launch_for.template operator()<kSmallestOutputs>()
+         : outputs == kDownOutputs   ? launch_for.template operator()<kDownOutputs>()
+                                     : launch_for.template operator()<kDownOutputs / 2>();
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // of the tokens; two consumer warpgroups own a half tile each. What becomes of the sums is the
 // business of an epilogue, a kernel's parameter:
 //
+//   Stages                                GatherStages, which bounds the items' steps
 //   kMatrices                             whose rows are gathered, each for every item
 //   kFills                                whether an item has a stage for each of its steps besides
 //   int count(schedule)                   of its items: the first ones
@@ -15,7 +16,7 @@
 //     Held before<kN>(GatherPart)         reads what arrives while the products run
 //     void after<kN>(sums, held, ring, GatherPart)  sums as ptx::wgmma holds them
 //
-// `Scratch` is what consumers share besides the stages.
+// Its stages' `Scratch` is what consumers share besides.
 
 #include <cuda_bf16.h>
 
@@ -31,7 +32,6 @@
 namespace twell::cuda::sm90 {
 
 struct Gather {
-  static constexpr int kStages = 4;
   static constexpr int kConsumers = 2;
   static constexpr int kProducers = 128;
   static constexpr int kThreads = kProducers + 128 * kConsumers;
@@ -39,14 +39,18 @@ struct Gather {
   static constexpr int kConsumerRegisters = 224;
 };
 
-using GatherRing = Ring<Gather::kStages>;
-
-template <class Scratch>
+// For items of at most kMostSteps: the smaller these are, the more stages are on their way.
+template <class Scratch_, int kMostSteps = kUnionItem / kUnionStep>
 struct alignas(1024) GatherStages {
-  __nv_bfloat16 tokens[Gather::kStages][kTileTokens * kTileHidden];
-  __nv_bfloat16 weights[Gather::kStages][kUnionItem * kTileHidden];
-  std::uint64_t full[Gather::kStages];
-  std::uint64_t empty[Gather::kStages];
+  using Scratch = Scratch_;
+  static constexpr int kSteps = kMostSteps;
+  static constexpr int kStages = kSteps <= 2 ? 6 : 4;
+  using Ring = sm90::Ring<kStages>;
+
+  __nv_bfloat16 tokens[kStages][kTileTokens * kTileHidden];
+  __nv_bfloat16 weights[kStages][kSteps * kUnionStep * kTileHidden];
+  std::uint64_t full[kStages];
+  std::uint64_t empty[kStages];
   Scratch scratch;
 };
 
@@ -130,7 +134,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
   constexpr int kPieces = kTileHidden / 8;             // 16-byte pieces of a row
   constexpr int kRows = Gather::kProducers / kPieces;  // rows at a time
   constexpr int kTurns = kUnionStep / kRows;           // to gather kUnionStep rows
-  constexpr int kGroups = kUnionItem / kUnionStep;
+  constexpr int kGroups = Stages::kSteps;
   constexpr int kGroupElements = kUnionStep * kTileHidden;
   constexpr int kHalfElements = kHalfTokens * kTileHidden;
   const int row = static_cast<int>(threadIdx.x) / kPieces;  // of the first kRows
@@ -138,7 +142,7 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
   const int steps = ceil_div(chunk.hidden, kTileHidden);
   const std::uint32_t target =
       ptx::shared_address(shared.weights) + row * 128 + ((piece ^ (row % 8)) * 16);
-  GatherRing ring;
+  typename Stages::Ring ring;
 #pragma unroll 1
   for (Items<Epilogue> items(chunk); items.more(); items.advance()) {
     const UnionItem item = items.item();
@@ -210,7 +214,8 @@ __device__ __forceinline__ void gather(Stages& shared, const ForwardChunk& chunk
 
 // `part`: the consumer's, of kN positions.
 template <int kN, class Epilogue, class Consumer>
-__device__ __forceinline__ void multiply_part(typename Epilogue::Stages& shared, GatherRing& ring,
+__device__ __forceinline__ void multiply_part(typename Epilogue::Stages& shared,
+                                              typename Epilogue::Stages::Ring& ring,
                                               const ForwardChunk& chunk, Consumer& consumer,
                                               GatherPart part) {
   const auto release = [&](int stage) {
@@ -233,11 +238,23 @@ __device__ __forceinline__ void multiply_part(typename Epilogue::Stages& shared,
   }
 }
 
+// Makes what is made for `steps`, at most kMost.
+template <int kMost, class Make>
+__device__ __forceinline__ void for_steps(int steps, Make&& make) {
+  if constexpr (kMost == 0) {
+    make.template operator()<0>();
+  } else if (steps == kMost) {
+    make.template operator()<kMost>();
+  } else {
+    for_steps<kMost - 1>(steps, make);
+  }
+}
+
 template <class Stages, class Epilogue>
 __device__ __forceinline__ void consume(Stages& shared, const ForwardChunk& chunk,
                                         const Epilogue& epilogue, int half) {
   typename Epilogue::Consumer consumer(epilogue, chunk, shared, half);
-  GatherRing ring;
+  typename Stages::Ring ring;
   Items<Epilogue> items(chunk);
   if (items.more()) consumer.look_ahead(items.part(half));
 #pragma unroll 1
@@ -246,22 +263,9 @@ __device__ __forceinline__ void consume(Stages& shared, const ForwardChunk& chun
     consumer.begin();
     items.advance();
     if (items.more()) consumer.look_ahead(items.part(half));
-    switch (part.steps()) {
-      case 0:
-        multiply_part<0, Epilogue>(shared, ring, chunk, consumer, part);
-        break;
-      case 1:
-        multiply_part<64, Epilogue>(shared, ring, chunk, consumer, part);
-        break;
-      case 2:
-        multiply_part<128, Epilogue>(shared, ring, chunk, consumer, part);
-        break;
-      case 3:
-        multiply_part<192, Epilogue>(shared, ring, chunk, consumer, part);
-        break;
-      default:
-        multiply_part<256, Epilogue>(shared, ring, chunk, consumer, part);
-    }
+    for_steps<Stages::kSteps>(part.steps(), [&]<int kSteps>() {
+      multiply_part<kSteps * kUnionStep, Epilogue>(shared, ring, chunk, consumer, part);
+    });
   }
 }
 
@@ -270,11 +274,12 @@ template <class Epilogue>
 __device__ __forceinline__ void multiply_items(const ForwardChunk& chunk,
                                                const GatherOperands<Epilogue::kMatrices>& operands,
                                                const Epilogue& epilogue) {
+  using Stages = typename Epilogue::Stages;
   if (Epilogue::count(*chunk.schedule) == 0) return;
   extern __shared__ std::uint8_t raw[];
-  auto& shared = aligned_shared<GatherStages<typename Epilogue::Scratch>>(raw);
+  auto& shared = aligned_shared<Stages>(raw);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Gather::kStages; ++stage) {
+    for (int stage = 0; stage < Stages::kStages; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], Gather::kProducers + 1);
       ptx::mbarrier_init(&shared.empty[stage], Gather::kConsumers * 4);
     }
@@ -293,7 +298,7 @@ __device__ __forceinline__ void multiply_items(const ForwardChunk& chunk,
 }
 
 template <class Epilogue>
-inline constexpr std::size_t kGatherBytes = sizeof(GatherStages<typename Epilogue::Scratch>) +
-                                            alignof(GatherStages<typename Epilogue::Scratch>);
+inline constexpr std::size_t kGatherBytes = sizeof(typename Epilogue::Stages) +
+                                            alignof(typename Epilogue::Stages);
 
 }  // namespace twell::cuda::sm90

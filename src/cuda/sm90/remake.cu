@@ -59,8 +59,8 @@ class RemakeEpilogue<kGated>::Consumer {
   }
 
   template <int kN>
-  __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held held, GatherRing&,
-                                        GatherPart part) const {
+  __device__ __forceinline__ void after(const float (&sums)[kN / 2], Held held,
+                                        typename Stages::Ring&, GatherPart part) const {
     const int quad = threadIdx.x % 4;
     const int word = threadIdx.x / 32 % 4 * 8 + threadIdx.x % 32 / 4;  // of a column
     std::uint32_t* out =

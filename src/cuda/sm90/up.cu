@@ -9,6 +9,7 @@
 namespace twell::cuda::sm90 {
 namespace {
 
+template <int kMostSteps>
 struct UpEpilogue {
   using Sources = std::uint32_t[kUnionItem];  // where an item's columns are, for one half
   static constexpr std::uint32_t kAbsent = ~0u;
@@ -18,14 +19,15 @@ struct UpEpilogue {
   struct Scratch {
     Sources sources[2][Gather::kConsumers];  // by turn
   };
-  using Stages = GatherStages<Scratch>;
+  using Stages = GatherStages<Scratch, kMostSteps>;
 
   class Consumer;
 
   __device__ static int count(const Schedule& schedule) { return schedule.item_count; }
 };
 
-class UpEpilogue::Consumer {
+template <int kMostSteps>
+class UpEpilogue<kMostSteps>::Consumer {
  public:
   __device__ Consumer(const UpEpilogue&, const ForwardChunk& chunk, Stages& shared, int half)
       : chunk_(chunk), scratch_(shared.scratch), half_(half) {}
@@ -81,7 +83,7 @@ class UpEpilogue::Consumer {
 
   template <int kN>
   __device__ __forceinline__ void after(const float (&sums)[kN / 2], const Held<kN>& held,
-                                        GatherRing&, GatherPart part) const {
+                                        typename Stages::Ring&, GatherPart part) const {
     const int first = part.first_position() + 2 * quad();  // this thread's first position
     const auto at = [&](int base) { return (std::int64_t{base} + first) * kColumnWords + word(); };
     std::uint32_t* h = chunk_.h + at(held.base);
@@ -134,9 +136,10 @@ class UpEpilogue::Consumer {
   std::uint32_t next_[2] = {kAbsent, kAbsent};
 };
 
+template <int kMostSteps>
 __global__ void __launch_bounds__(Gather::kThreads, 1)
     up_kernel(const ForwardChunk chunk, const __grid_constant__ GatherOperands<1> operands) {
-  multiply_items(chunk, operands, UpEpilogue{});
+  multiply_items(chunk, operands, UpEpilogue<kMostSteps>{});
 }
 
 }  // namespace
@@ -145,8 +148,13 @@ Status launch_up(const ForwardChunk& chunk, const Tokens& x, const void* up, int
                  cudaStream_t stream) {
   GatherOperands<1> operands;
   if (Status status = make_operands<1>(operands, chunk, x, {up}); !status.ok()) return status;
-  return launch(up_kernel, multiprocessors, Gather::kThreads, kGatherBytes<UpEpilogue>, stream,
-                chunk, operands);
+  const auto launch_for = [&]<int kMostSteps>() {
+    return launch(up_kernel<kMostSteps>, multiprocessors, Gather::kThreads,
+                  kGatherBytes<UpEpilogue<kMostSteps>>, stream, chunk, operands);
+  };
+  return chunk.item_steps <= kSmallItem / kUnionStep
+             ? launch_for.template operator()<kSmallItem / kUnionStep>()
+             : launch_for.template operator()<kUnionItem / kUnionStep>();
 }
 
 }  // namespace twell::cuda::sm90
