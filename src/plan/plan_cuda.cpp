@@ -54,7 +54,7 @@ bool takes_few_tokens(const FfnProblem& problem, const PlanOptions& options) {
 // Other speeds of the same H200.
 constexpr double kReadTbPerSecond = 2.2;
 constexpr double kDenseLaunchMs = 0.015;
-constexpr double kForwardLaunchMs = 0.02;
+constexpr double kForwardLaunchMs = 0.017;
 // Of up and down's largest piece's time: what a piece of no neurons or outputs would take.
 constexpr double kSmallPieceTime = 0.4;
 
