@@ -32,6 +32,7 @@ SMALL = [
     "CudaGatePack.*",
     "CudaForward.MatchesFloat64WithFewTokens",
     "CudaForward.MatchesFloat64InChunks",
+    "*/CudaForwardPieces.*/of_12",
     "CudaForward.GathersAStepThatIsAdjacentAtItsEndsOnly",
     "CudaBackward.MatchesFloat64InUnevenRounds",
     "CudaBackward.GathersAStepThatIsAdjacentAtItsEndsOnly",

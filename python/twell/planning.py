@@ -56,8 +56,8 @@ def plan(
     return json.loads(text)
 
 
-# The planner is asked at both ends of the ranges that begin with these numbers of tokens. They begin
-# where its kernels change, and else double.
+# The planner is asked at both ends of the ranges that begin with these numbers of tokens. They
+# begin where its kernels change, and else double.
 _FIRST_TOKENS = (0, 2, 3, 5, 9, 17, 33, 65, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384)
 
 

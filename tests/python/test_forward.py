@@ -125,8 +125,8 @@ def test_nan_and_infinity_spread_as_in_the_dense_block(kind, tokens, dtype, valu
     token = tokens // 2
     block.x[token, 3] = value
     y = forward(block)[0]
-    # In float64: PyTorch's bf16 product on AMX lets a NaN reach the row before, as it reads beyond a
-    # row's end where that is no multiple of 32.
+    # In float64: PyTorch's bf16 product on AMX lets a NaN reach the row before, as it reads beyond
+    # a row's end where that is no multiple of 32.
     expected = dense(block.to(torch.float64)).to(dtype)
     assert not expected[token].isfinite().all()
     finite = expected.isfinite()
