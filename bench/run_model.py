@@ -9,9 +9,9 @@ Runs `twell bench model` once per case and writes bench/results/h200/model.json 
 The layers of a random model follow the traces in turn. With --checkpoint, a model that `twell
 train` wrote, the cases of its number of layers run on it as well, on text from PATH. Some cases
 time --ffn auto too, and two only that, on a random model with half of its neurons active. With
---kernels it lists the kernels of some cases instead, in model_kernels.json. With two devices, two cases run
-at once, each on its own. Needs nothing but Python's standard library; how long it should take and
-took is printed.
+--kernels it lists the kernels of some cases instead, in model_kernels.json. With two devices, two
+cases run at once, each on its own. Needs nothing but Python's standard library; how long it should
+take and took is printed.
 """
 
 import argparse
