@@ -28,12 +28,19 @@ static void from_json(const nlohmann::json& json, FfnChooser& chooser) {
   chooser.measured = measured.empty() ? Readback() : Readback(measured);
 }
 
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(MetricsWindow, revived, steps, tokens, seconds)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(TrainingState, options, step, seconds, step_seconds, figures,
-                                   controller, choosers, revived, corpus_hash)
+                                   controller, choosers, revived, window, corpus_hash)
 
 namespace {
 
-constexpr const char* kFormat = "twell-training-5";
+constexpr const char* kFormat = "twell-training-6";
+
+constexpr const char* kWindowFigures = "window.figures";
+
+std::string window_activity(std::size_t layer) {
+  return "window.activity." + std::to_string(layer);
+}
 
 std::map<std::string, torch::Tensor> all_tensors(const Llama& model, const AdamW& optimizer,
                                                  const Revival& revival) {
@@ -51,7 +58,12 @@ std::filesystem::path checkpoint_path(const std::filesystem::path& folder) {
 
 void save_checkpoint(const std::filesystem::path& folder, const TrainingState& state,
                      const Llama& model, const AdamW& optimizer, const Revival& revival) {
-  write_safetensors(checkpoint_path(folder), all_tensors(model, optimizer, revival),
+  std::map<std::string, torch::Tensor> tensors = all_tensors(model, optimizer, revival);
+  tensors[kWindowFigures] = state.window.figures;
+  for (std::size_t layer = 0; layer < state.window.activity.size(); ++layer) {
+    tensors[window_activity(layer)] = state.window.activity[layer];
+  }
+  write_safetensors(checkpoint_path(folder), tensors,
                     {{"format", kFormat}, {"state", nlohmann::json(state).dump()}});
 }
 
@@ -74,7 +86,7 @@ TrainingState read_checkpoint_state(const std::filesystem::path& folder) {
   }
 }
 
-void read_checkpoint_tensors(const std::filesystem::path& folder, const TrainingState& state,
+void read_checkpoint_tensors(const std::filesystem::path& folder, TrainingState& state,
                              Llama& model, AdamW& optimizer, Revival& revival) {
   const torch::NoGradGuard no_grad;
   const Safetensors file = Safetensors::open(checkpoint_path(folder));
@@ -91,6 +103,10 @@ void read_checkpoint_tensors(const std::filesystem::path& folder, const Training
     throw Error(checkpoint_path(folder).string() + ": written for another number of layers");
   }
   model.choosers() = state.choosers;
+  state.window.figures = file.load(kWindowFigures).to(model.device());
+  for (std::size_t layer = 0; layer < state.choosers.size(); ++layer) {
+    state.window.activity.push_back(file.load(window_activity(layer)).to(model.device()));
+  }
   optimizer.set_steps(state.step);
 }
 

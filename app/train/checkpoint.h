@@ -1,7 +1,8 @@
 #pragma once
 // What a training run needs to go on as if it had never stopped, in one file that is replaced
-// atomically: DIR/checkpoint.safetensors, with the weights, the optimizer's moments and the idle
-// counters of the neurons as tensors, and the rest as JSON in its metadata.
+// atomically: DIR/checkpoint.safetensors, with the weights, the optimizer's moments, the idle
+// counters of the neurons and the sums for the next line of metrics as tensors, and the rest as
+// JSON in its metadata.
 
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -15,6 +16,15 @@
 
 namespace twell::app {
 
+// Sums over the steps since the last line of metrics.
+struct MetricsWindow {
+  torch::Tensor figures;                // float64, of the steps' figures
+  std::vector<torch::Tensor> activity;  // per layer [neurons] int64
+  std::vector<int64_t> revived;         // per layer
+  int64_t steps = 0, tokens = 0;
+  double seconds = 0;  // spent in the steps
+};
+
 struct TrainingState {
   TrainOptions options;
   int64_t step = 0;             // steps done
@@ -23,7 +33,8 @@ struct TrainingState {
   std::vector<double> figures;  // of the last step, which the controller has not seen yet
   L1Controller controller;
   std::vector<FfnChooser> choosers;
-  int64_t revived = 0;       // neurons so far
+  int64_t revived = 0;  // neurons so far
+  MetricsWindow window;
   uint64_t corpus_hash = 0;  // of the tokens; the step alone then gives the position in them
 };
 
@@ -35,8 +46,9 @@ void save_checkpoint(const std::filesystem::path& folder, const TrainingState& s
 // The state alone. Errors: no checkpoint; not one of ours.
 TrainingState read_checkpoint_state(const std::filesystem::path& folder);
 
-// Copies the tensors into `model`, `optimizer` and `revival`, whose shapes must fit.
-void read_checkpoint_tensors(const std::filesystem::path& folder, const TrainingState& state,
+// Copies the tensors into `model`, `optimizer` and `revival`, whose shapes must fit, and loads
+// those of state.window.
+void read_checkpoint_tensors(const std::filesystem::path& folder, TrainingState& state,
                              Llama& model, AdamW& optimizer, Revival& revival);
 
 }  // namespace twell::app

@@ -159,15 +159,6 @@ void write_tokenizer(const fs::path& folder, const Tokenizer& tokenizer, const f
 // norm of the gradient. The host learns of it while the next step runs on the device.
 enum Figure { kLoss, kL1, kActive, kGradientNorm, kFigures };
 
-// Sums over the steps since the last line of metrics; tensors on the device.
-struct Window {
-  Tensor figures;                // float64 [kFigures]
-  std::vector<Tensor> activity;  // per layer [neurons] int64
-  std::vector<int64_t> revived;  // per layer
-  int64_t steps = 0, tokens = 0;
-  double seconds = 0;  // spent in the steps
-};
-
 // A line of metrics that lacks what is still on its way from the device: the window's figures,
 // then per layer the active (token, neuron) pairs, then per layer the silent neurons.
 struct Line {
@@ -193,6 +184,7 @@ class Trainer {
   void add_step_seconds(Clock::time_point start);
   void log(bool evaluate_heldout);
   void write_line();
+  void start_window();
   std::string progress_text() const;
   Evaluation evaluate_heldout(int64_t tokens);
   void save();
@@ -215,7 +207,6 @@ class Trainer {
   Revival revival_;
   BatchSampler sampler_;
   Metrics metrics_;
-  Window window_;
   Readback figures_;            // of the step before
   std::vector<double> landed_;  // of the one before that
   std::optional<Line> line_;    // to be written
@@ -279,6 +270,7 @@ Trainer::Trainer(const TrainRun& run)
     state_.controller.initial = o.lambda;
     state_.controller.warmup = o.warmup;
     state_.controller.arrival = o.arrival;
+    start_window();
     write_config(folder_, model_.config());
     write_tokenizer(folder_, tokenizer_, o.tokenizer, eos_, o.context);
     save();
@@ -346,7 +338,7 @@ void Trainer::wait() {
 
 void Trainer::add_step_seconds(Clock::time_point start) {
   const double spent = std::chrono::duration<double>(Clock::now() - start).count();
-  window_.seconds += spent;
+  state_.window.seconds += spent;
   state_.step_seconds += spent;
 }
 
@@ -403,16 +395,15 @@ void Trainer::queue_step() {
   figures_ = Readback(figures);
   ++state_.step;
   const std::vector<int64_t> revived = revival_.step(state_.step, activity, model_, optimizer_);
-  add(window_.figures, figures);
-  window_.activity.resize(layers);
-  window_.revived.resize(layers);
+  MetricsWindow& window = state_.window;
+  window.figures += figures;
   for (size_t layer = 0; layer < layers; ++layer) {
-    add(window_.activity[layer], activity[layer]);
-    window_.revived[layer] += revived[layer];
+    window.activity[layer] += activity[layer];
+    window.revived[layer] += revived[layer];
     state_.revived += revived[layer];
   }
-  window_.tokens += rows;
-  ++window_.steps;
+  window.tokens += rows;
+  ++window.steps;
 }
 
 Evaluation Trainer::evaluate_heldout(int64_t tokens) {
@@ -433,15 +424,16 @@ void Trainer::log(bool with_heldout) {
   const TrainOptions& o = state_.options;
   if (with_heldout) wait();
   write_line();
+  MetricsWindow& window = state_.window;
   line_.emplace();
-  line_->steps = window_.steps;
-  line_->tokens = window_.tokens;
+  line_->steps = window.steps;
+  line_->tokens = window.tokens;
   std::vector<Tensor> pairs, silent;  // scalars, one per layer
-  for (const Tensor& activity : window_.activity) {
+  for (const Tensor& activity : window.activity) {
     pairs.push_back(activity.sum());
     silent.push_back(activity.eq(0).sum());
   }
-  line_->sums = Readback(torch::cat({window_.figures, torch::stack(pairs).to(torch::kFloat64),
+  line_->sums = Readback(torch::cat({window.figures, torch::stack(pairs).to(torch::kFloat64),
                                      torch::stack(silent).to(torch::kFloat64)}));
   Json paths = Json::array();
   for (const FfnPath path : paths_) paths.push_back(name_of(path));
@@ -452,17 +444,29 @@ void Trainer::log(bool with_heldout) {
                  {"share", nullptr},
                  {"active_per_layer", Json::array()},
                  {"silent_per_layer", Json::array()},
-                 {"revived_per_layer", window_.revived},
+                 {"revived_per_layer", window.revived},
                  {"ffn_per_layer", paths},
                  {"lambda", state_.controller.lambda},
                  {"lr", o.lr * cosine_schedule(progress_, o.warmup, o.lr_floor)},
                  {"gradient_norm", nullptr},
                  {"tokens", state_.step * o.batch * o.context * o.accumulate},
-                 {"tokens_per_second", static_cast<double>(window_.tokens) / window_.seconds},
+                 {"tokens_per_second", static_cast<double>(window.tokens) / window.seconds},
                  {"step_seconds", state_.step_seconds},
                  {"seconds", state_.seconds}};
-  window_ = Window();
+  start_window();
   if (with_heldout) line_->json["heldout_loss"] = evaluate_heldout(o.eval_tokens).loss;
+}
+
+void Trainer::start_window() {
+  const ModelConfig& config = model_.config();
+  const auto on_device = torch::TensorOptions(device_);
+  state_.window = MetricsWindow();
+  state_.window.figures = torch::zeros({kFigures}, on_device.dtype(torch::kFloat64));
+  for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    state_.window.activity.push_back(
+        torch::zeros({config.intermediate_size[layer]}, on_device.dtype(torch::kInt64)));
+    state_.window.revived.push_back(0);
+  }
 }
 
 void Trainer::write_line() {
@@ -503,7 +507,7 @@ std::string Trainer::progress_text() const {
   const double share = 100 * state_.controller.active / model_.config().intermediate_size.mean();
   std::snprintf(text, sizeof text, "step %lld, loss %.3f, active %.1f (%.1f%%), %.0f tokens/s",
                 static_cast<long long>(state_.step), landed_[kLoss], state_.controller.active,
-                share, static_cast<double>(window_.tokens) / window_.seconds);
+                share, static_cast<double>(state_.window.tokens) / state_.window.seconds);
   return text;
 }
 

@@ -184,8 +184,8 @@ def check_same_run(folder, whole):
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
     ours, theirs = metrics(folder), metrics(whole)
-    # A line's means are of the steps since the line before or, after a kill, since the resumption.
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name in ("step", "loss", "active_per_layer", "revived_per_layer"):
+        assert [line[name] for line in ours] == [line[name] for line in theirs], name
     assert ours[-1]["heldout_loss"] == theirs[-1]["heldout_loss"]
 
 
